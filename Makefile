@@ -1,0 +1,58 @@
+# `make help` lists the targets. Everything goes into .venv; PYTHON=... names the interpreter to make it with.
+# ARGS=... is passed on: recipe overrides for quickstart (ARGS="training.lr=1e-3"), pytest's arguments for tests.
+ARGS ?=
+venv := .venv
+pip_install = $(venv)/bin/python -m pip install --constraint constraints.txt --editable
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-slow test-slurm test-gpu check format clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+
+quickstart: $(venv)/.installed-quickstart ## install, then run Branch-Train-MiX whole on three domains of text
+	@$(venv)/bin/btx run examples/quickstart.yaml $(ARGS)
+
+test: $(venv)/.installed-test ## install what the tests need, then run the quick ones
+	@$(venv)/bin/python -m pytest -q $(ARGS)
+
+test-slow: $(venv)/.installed-test ## tests that take minutes: whole runs, many layouts
+	$(call run_marked,slow and not slurm and not gpu)
+
+test-slurm: $(venv)/.installed-test ## tests on a local Slurm cluster
+	$(call run_marked,slurm)
+
+test-gpu: $(venv)/.installed-test ## tests that need a CUDA device
+	$(call run_marked,gpu)
+
+check: $(venv)/.installed-dev ## lint, format and types, changing nothing
+	@$(venv)/bin/ruff check
+	@$(venv)/bin/ruff format --check
+	@$(venv)/bin/mypy
+
+format: $(venv)/.installed-dev ## mend what ruff can mend
+	@$(venv)/bin/ruff check --fix
+	@$(venv)/bin/ruff format
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(venv) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each extra, so that an install happens once and again when what is asked for changes.
+$(venv)/.installed-%: $(venv)/.made pyproject.toml constraints.txt
+	@echo "Installing btx-megatron[$*] into $(venv); the first time this fetches about 3 GB."
+	@$(pip_install) '.[$*]'
+	@touch $@
+
+# A .venv without the stamp was left by an interrupted run: it is made anew.
+$(venv)/.made:
+	@python=$$(sh tools/find_python.sh) || exit $$?; \
+	echo "Making $(venv) with $$python"; \
+	"$$python" -m venv --clear $(venv)
+	@touch $@
+
+# pytest exits with 5 where no test has the mark, which is no failure.
+define run_marked
+	@$(venv)/bin/python -m pytest -q -m "$(1)" $(ARGS) || { code=$$?; test $$code -eq 5 || exit $$code; }
+endef

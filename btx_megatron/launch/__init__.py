@@ -1,0 +1,1 @@
+"""Running the pipeline's stages: here, each as processes of its own."""

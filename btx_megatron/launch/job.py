@@ -1,0 +1,79 @@
+"""A job: what a worker process is told, as one JSON file in its work folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from btx_megatron.recipe import Recipe, parse_recipe, recipe_to_dict
+
+JOB_FILE = "job.json"
+CHECKPOINTS = "checkpoints"
+
+Task = Literal["prepare", "train", "mix", "average", "evaluate", "report"]
+
+_BRANCHES_FROM = {"expert": "seed", "dense": "seed", "finetune": "mix"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage's work. Every rank of the stage reads the same job."""
+
+    task: Task
+    """What kind of work it is."""
+    stage: str
+    """``seed``, ``expert:DOMAIN``, ``finetune``, ..."""
+    recipe: Recipe
+    """The resolved recipe."""
+    run_folder: Path
+    """Where finished stages lie; read only for the worker."""
+    work_folder: Path
+    """Where the worker writes; the supervisor publishes it."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Fingerprint of each stage that this one reads."""
+
+    @property
+    def data_folder(self) -> Path:
+        """What ``prepare`` published: tokenizer and token files."""
+        return self.run_folder / "data"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where this stage saves its model."""
+        return self.work_folder / CHECKPOINTS
+
+    @property
+    def load_from(self) -> Path | None:
+        """Checkpoint folder of the model that this stage goes on from; None: from scratch."""
+        source = _BRANCHES_FROM.get(self.stage.partition(":")[0])
+        return self.run_folder / source / CHECKPOINTS if source else None
+
+
+def write_job(job: Job) -> Path:
+    """Write ``job.json`` into the work folder; returns its path."""
+    content: dict[str, Any] = {
+        "task": job.task,
+        "stage": job.stage,
+        "recipe": recipe_to_dict(job.recipe),
+        "run_folder": str(job.run_folder),
+        "work_folder": str(job.work_folder),
+        "inputs": job.inputs,
+    }
+    path = job.work_folder / JOB_FILE
+    path.write_text(json.dumps(content, indent=1))
+    return path
+
+
+def read_job(path: Path) -> Job:
+    """The job of a ``job.json``."""
+    content = json.loads(path.read_text())
+    return Job(
+        task=content["task"],
+        stage=content["stage"],
+        recipe=parse_recipe(content["recipe"], where=str(path)),
+        run_folder=Path(content["run_folder"]),
+        work_folder=Path(content["work_folder"]),
+        inputs=content["inputs"],
+    )

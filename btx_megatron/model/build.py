@@ -1,0 +1,179 @@
+"""Recipe -> Megatron-Core GPTModel, dense or MoE: the same Llama-shaped layer with one or N experts.
+
+Checkpoint keys follow Transformer Engine's naming whatever the build, so that a checkpoint written on a
+laptop loads on an H100 and back. The local build keeps norms in modules of their own, where TE fuses
+them into the linear layer that follows; ``sharded_state_dict_keys_map`` gives them TE's names on disk.
+In a MoE layer TE has nothing to fuse the second norm into and calls it ``pre_mlp_layernorm``; Megatron's
+own local spec renames it all the same, ours does not.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from btx_megatron.model.layers import LocalBackend
+from btx_megatron.model.routers import Router, routers_of
+from btx_megatron.recipe import Layout, Moe, Recipe, Stage
+
+# what a build without Transformer Engine and apex cannot fuse
+_NO_FUSION: dict[str, Any] = {
+    "gradient_accumulation_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "apply_rope_fusion": False,
+    "cross_entropy_loss_fusion": False,
+}
+
+
+def transformer_config(recipe: Recipe, stage: Stage, num_experts: int | None) -> TransformerConfig:
+    """Megatron's configuration of the model of one stage; ``num_experts`` None gives a dense model."""
+    model, training = recipe.model, stage.training
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        layernorm_epsilon=model.norm_epsilon,
+        init_method_std=model.init_method_std,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        bf16=training.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=True,
+        calculate_per_token_loss=True,
+        batch_p2p_comm=False,
+        **_parallelism(stage.layout),
+        **_moe(recipe.moe, num_experts),
+        **_NO_FUSION,
+    )
+
+
+def _parallelism(layout: Layout) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+        "sequence_parallel": layout.sequence_parallel,
+    }
+
+
+def _moe(moe: Moe, num_experts: int | None) -> dict[str, Any]:
+    if num_experts is None:
+        return {}
+    switch = moe.moe_router_load_balancing_type == "aux_loss"
+    return {
+        "num_moe_experts": num_experts,
+        "moe_router_topk": moe.moe_router_topk,
+        "moe_router_pre_softmax": moe.moe_router_pre_softmax,
+        # the paper's own loss is attached by our router, which Megatron need not know
+        "moe_router_load_balancing_type": "aux_loss" if switch else "none",
+        "moe_aux_loss_coeff": moe.moe_aux_loss_coeff if switch else 0.0,
+        "moe_z_loss_coeff": moe.moe_z_loss_coeff,
+        "moe_router_dtype": moe.moe_router_dtype,
+        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+        "moe_grouped_gemm": moe.moe_grouped_gemm,
+    }
+
+
+def layer_spec(config: TransformerConfig, moe: Moe) -> ModuleSpec:
+    """One transformer layer: attention, and a feed-forward that is dense or a mixture of experts."""
+    backend = LocalBackend()
+    mlp = get_mlp_module_spec_for_backend(backend, config.num_moe_experts, config.moe_grouped_gemm)
+    keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if config.num_moe_experts is None:
+        keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    else:
+        mlp.keywords["submodules"].router = partial(
+            Router,
+            balancing=moe.moe_router_load_balancing_type,
+            balancing_coeff=moe.moe_aux_loss_coeff,
+        )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=backend.layer_norm(rms_norm=True),
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=backend.column_parallel_linear(),
+                    core_attention=backend.core_attention(),
+                    linear_proj=backend.row_parallel_linear(),
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=backend.layer_norm(rms_norm=True),
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=keys_map,
+        ),
+    )
+
+
+def build_model(
+    recipe: Recipe, stage: Stage, padded_vocab_size: int, num_experts: int | None = None
+) -> torch.nn.Module:
+    """This rank's part of the model, after ``runtime.ranks.set_layout(stage.layout)``.
+
+    Under bf16 the module computes in bfloat16, but for the router, whose weight stays in fp32 (a
+    rounded router flips routes).
+    """
+    config = transformer_config(recipe, stage, num_experts)
+    layers = get_num_layers_to_build(config)
+    spec = TransformerBlockSubmodules(
+        layer_specs=[layer_spec(config, recipe.moe)] * layers,
+        layer_norm=LocalBackend().layer_norm(rms_norm=True),
+    )
+    model: torch.nn.Module = GPTModel(
+        config,
+        spec,  # type: ignore[arg-type]
+        vocab_size=padded_vocab_size,
+        max_sequence_length=recipe.model.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=not recipe.model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=recipe.model.rotary_base,  # type: ignore[arg-type]
+    )
+    if torch.cuda.is_available():
+        model.cuda(torch.cuda.current_device())
+    if config.bf16:
+        model = Float16Module(config, model)
+        for router in routers_of(model).values():
+            router.weight.data = router.weight.data.float()
+    return model
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel inside DDP's and Float16Module's wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model

@@ -1,0 +1,76 @@
+"""The two layers that Megatron's local build lacks for this work, and the backend that offers them.
+
+Shape legend: S sequence, B micro-batch, N heads, D head width, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32 inside (Zhang & Sennrich 2019).
+
+    Megatron's own torch norm refuses sequence parallelism. All that needs is the mark on the weight:
+    each rank sees a slice of the sequence, so Megatron must sum the weight's gradient over the TP ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class CausalAttention(DotProductAttention):
+    """Causal core attention through torch's scaled_dot_product_attention.
+
+    Megatron's local core attention builds the [B*N, S, S] score matrix; this one does not.
+    """
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    ) -> Tensor:
+        """query [S, B, N, D], key and value [S, B, groups, D] -> [S, B, N*D]. The mask is always causal."""
+        q_BNSD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        dropout = self.attention_dropout.p if self.training else 0.0
+        if dropout and not self.config.sequence_parallel:
+            # without sequence parallelism TP ranks share one hidden stream but hold other heads:
+            # each draws from its own generator, as Megatron's attention does
+            with get_cuda_rng_tracker().fork():
+                out_BNSD = self._attend(q_BNSD, k_BGSD, v_BGSD, dropout)
+        else:
+            out_BNSD = self._attend(q_BNSD, k_BGSD, v_BGSD, dropout)
+        return out_BNSD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            dropout_p=dropout,
+            scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+
+class LocalBackend(LocalSpecProvider):
+    """Megatron's local build with the two layers above."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        return CausalAttention

@@ -1,0 +1,70 @@
+"""Routers, through Megatron's own hook (``MoESubmodules.router``), and what they let others see.
+
+A router gets neither the step nor the sample number from Megatron; the training loop puts them into
+``batch_context`` for each micro-batch. Shapes: S sequence, B micro-batch, E experts, T = S * B tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from btx_megatron.model.balancing import soft_balancing_loss
+
+
+@dataclass
+class BatchContext:
+    """The micro-batch that is in its forward pass."""
+
+    step: int = 0
+    """Training step."""
+    sample_index: Tensor | None = None
+    """[B] global index of each sample in the training order."""
+
+
+batch_context = BatchContext()
+
+
+class Router(TopKRouter):
+    """Top-k router of the paper (section 3.2): g = SoftMax(TopK(W x)), with the paper's balancing.
+
+    Megatron computes the routes; this class adds the loss and counts the load.
+    """
+
+    def __init__(self, *args: Any, balancing: str, balancing_coeff: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.balancing = balancing
+        self.balancing_coeff = balancing_coeff
+        self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=self.weight.device)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits [S, B, E] -> gates [T, E], routes [T, E] (bool)."""
+        gates_TE, routes_TE = super().routing(logits, padding_mask)
+        if torch.is_grad_enabled() or not self.training:  # not twice under activation recompute
+            self.tokens_per_expert += routes_TE.detach().sum(dim=0)
+        if self.balancing == "btx" and self.training and torch.is_grad_enabled():
+            gates_TE = self._attach_balancing(gates_TE, logits.view(-1, self.num_experts))
+        return gates_TE, routes_TE
+
+    def _attach_balancing(self, gates_TE: Tensor, logits_TE: Tensor) -> Tensor:
+        probabilities_TE = torch.softmax(logits_TE.float(), dim=-1)
+        loss = soft_balancing_loss(gates_TE, probabilities_TE, self.tp_cp_group)
+        # every rank holds the whole value already: no group to sum the logged value over
+        return self.attach_and_log_load_balancing_loss(
+            gates_TE, self.balancing_coeff, self.balancing_coeff * loss, "load_balancing_loss", None
+        )
+
+    def take_load(self) -> Tensor:
+        """[E] tokens that took each expert on this rank since the last call."""
+        load = self.tokens_per_expert.clone()
+        self.tokens_per_expert.zero_()
+        return load
+
+
+def routers_of(model: torch.nn.Module) -> dict[int, Router]:
+    """Routers on this rank, by 0-based layer number."""
+    return {m.layer_number - 1: m for m in model.modules() if isinstance(m, Router)}

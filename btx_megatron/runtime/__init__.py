@@ -1,0 +1,1 @@
+"""Where ranks run: devices, process groups, signals, and every word about machines without CUDA."""

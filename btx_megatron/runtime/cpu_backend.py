@@ -1,0 +1,149 @@
+"""Megatron-Core on a machine without CUDA: every redirect in one place, each with its reason.
+
+Megatron-Core asks for ``device="cuda"`` in a few dozen places (optimizer, schedules, dispatchers)
+although nothing it computes there needs a GPU. ``install()`` sends those requests to the CPU, so that
+the very same engine runs under gloo on a laptop and in CI. It must run before the first import of
+``megatron.core`` and does nothing where CUDA is present. Huawei's ``transfer_to_npu`` is the field's
+precedent for this kind of module.
+
+What is redirected is Megatron's plumbing alone; no layer, schedule or optimizer is replaced here.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn")
+_installed = False
+
+
+def have_cuda() -> bool:
+    """True where ranks run on GPUs."""
+    return torch.cuda.is_available()
+
+
+def install() -> None:
+    """Send Megatron's CUDA requests to the CPU, once; nothing happens where CUDA is present."""
+    global _installed
+    if _installed or have_cuda():
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("cpu_backend.install() must run before the first import of megatron.core")
+    _installed = True
+    _redirect_tensor_factories()
+    _redirect_device_queries()
+    _redirect_tensor_types()
+    _redirect_random_state()
+    _quiet_hardware_warnings()
+    _patch_megatron()
+
+
+class _Stream:
+    """Stands where Megatron holds a CUDA stream: on a CPU work is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> _Stream:
+        return self
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc: Any) -> None: ...
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _redirect_tensor_factories() -> None:
+    """Optimizer, schedules, clip_grads and the balancing-loss tracker say device="cuda" outright."""
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def _redirect_device_queries() -> None:
+    """Megatron passes current_device() on as device=, and orders streams that a CPU does not have."""
+    stream = _Stream()
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.Stream = _Stream  # type: ignore[misc, assignment]
+    torch.cuda.Event = _Stream  # type: ignore[misc, assignment]
+    torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment, return-value]
+    torch.cuda.stream = lambda stream: _Stream()  # type: ignore[assignment, return-value]
+
+
+def _redirect_tensor_types() -> None:
+    """clip_grads and both optimizers compare Tensor.type() with 'torch.cuda.FloatTensor'."""
+    original = torch.Tensor.type
+
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        if not args and not kwargs and _caller().startswith("megatron."):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    torch.Tensor.type = tensor_type  # type: ignore[method-assign, assignment]
+
+
+def _caller() -> str:
+    return str(sys._getframe(2).f_globals.get("__name__", ""))
+
+
+def _redirect_random_state() -> None:
+    """The RNG tracker forks "the CUDA generator": here that is the CPU's one."""
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)  # type: ignore[assignment]
+    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment, return-value]
+
+
+def _quiet_hardware_warnings() -> None:
+    """Apex, Transformer Engine and GPUs are rightly missing here; a warning a rank helps nobody."""
+    for text in (".*[Aa]pex.*", ".*ransformer ?_?[Ee]ngine.*", ".*CUDA.*", ".*jit.script.*"):
+        warnings.filterwarnings("ignore", message=text)
+
+
+def _patch_megatron() -> None:
+    from megatron.core.tensor_parallel import random as tp_random
+
+    tp_random._set_cuda_rng_state = _set_rng_state
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    moe_utils.maybe_move_tensor_to_cpu = _to_numpy
+    token_dispatcher.maybe_move_tensor_to_cpu = _to_numpy
+
+
+def _set_rng_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+    """SILENT when missing: the state would never be restored, and recompute would draw other dropout.
+
+    Megatron queues the call for the moment CUDA is initialised, which never comes here.
+    """
+    torch.set_rng_state(state)
+
+
+def _to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """The all-to-all dispatcher wants split sizes as numpy; Megatron converts CUDA tensors alone."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

@@ -1,0 +1,57 @@
+"""How far a stage is: a small JSON file that the worker replaces and the supervisor reads.
+
+A file and not a pipe, because a reader may come and go (``btx status`` from another terminal) and
+because a worker must never wait for anybody to read. The replacement is atomic, so that a reader sees
+a whole record or the one before it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PROGRESS_FILE = "progress.json"
+_SECONDS_BETWEEN_WRITES = 0.2
+
+
+@dataclass(frozen=True)
+class ProgressRecord:
+    """One report: ``done`` of ``total`` units of ``phase``; ``text`` is the last loss or the like."""
+
+    phase: str
+    done: int
+    total: int
+    text: str
+    time: float
+    """Seconds since 1970, when it was written."""
+
+
+class Progress:
+    """Writes the progress of one stage; on several ranks, rank 0 alone makes one."""
+
+    def __init__(self, work_folder: Path) -> None:
+        self._path = work_folder / PROGRESS_FILE
+        self._phase = ""
+        self._written = 0.0
+
+    def update(self, phase: str, done: int, total: int, text: str = "") -> None:
+        """Report, at most five times a second; the first and the last of a phase are always written."""
+        now = time.time()
+        soon = now - self._written < _SECONDS_BETWEEN_WRITES
+        if soon and phase == self._phase and done < total:
+            return
+        self._phase, self._written = phase, now
+        temporary = self._path.with_name(f".{PROGRESS_FILE}.tmp")
+        temporary.write_text(json.dumps(asdict(ProgressRecord(phase, done, total, text, now))))
+        os.replace(temporary, self._path)
+
+
+def read_progress(work_folder: Path) -> ProgressRecord | None:
+    """The last report of a stage, or None where it has not reported yet."""
+    try:
+        return ProgressRecord(**json.loads((work_folder / PROGRESS_FILE).read_text()))
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,64 @@
+"""Ranks and their groups: one process a rank, Megatron's groups over gloo (CPU) or NCCL (GPU)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+
+from btx_megatron.recipe import Layout
+from btx_megatron.runtime import cpu_backend
+
+TIMEOUT = timedelta(minutes=10)
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    if cpu_backend.have_cuda():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def start_ranks() -> None:
+    """Join the process group that torchrun's environment describes. Must run before Megatron is imported."""
+    _quiet_logs()
+    cpu_backend.install()
+    if cpu_backend.have_cuda():
+        torch.cuda.set_device(device())
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    backend = "nccl" if cpu_backend.have_cuda() else "gloo"
+    torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+
+
+def _quiet_logs() -> None:
+    """Deprecations of torch that Megatron calls into, once a rank and a save, would bury the log."""
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint|megatron\.")
+    warnings.filterwarnings("ignore", message=".*(ShardedTensor|torch.distributed is disabled|of load has).*")
+
+
+def stop_ranks() -> None:
+    """Leave the process group."""
+    torch.distributed.destroy_process_group()
+
+
+def set_layout(layout: Layout, seed: int) -> None:
+    """(Re)build Megatron's groups for a layout, and seed every generator.
+
+    May be called again with another layout of the same number of ranks.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

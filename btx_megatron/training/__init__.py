@@ -1,0 +1,1 @@
+"""One training loop for the dense seed, the experts and the mixture."""

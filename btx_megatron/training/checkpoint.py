@@ -1,0 +1,175 @@
+"""Checkpoints of a training stage, through Megatron's dist_checkpointing (format ``torch_dist``).
+
+    checkpoints/latest_checkpointed_iteration.txt     written last: what it names is whole
+    checkpoints/iter_0000100/                         weights, optimizer, schedule, RNG, recipe
+
+A stage resumes from everything; from one stage to the next only weights travel. Optimizer state is
+``fully_reshardable``: it loads under another TP, PP or DP. Random generators are restored where the
+layout is the same, for there alone they mean the same.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from btx_megatron.errors import UserError
+from btx_megatron.model.build import unwrap
+from btx_megatron.recipe import Layout
+from btx_megatron.training.optimizer import ready_for_loading, unshare_steps
+
+TRACKER = "latest_checkpointed_iteration.txt"
+# parts of a training checkpoint that are not weights
+_STATE_PREFIXES = ("optimizer.", "rng_state", "common_state")
+
+
+@dataclass
+class TrainingState:
+    """What a checkpoint holds beside the weights."""
+
+    model: torch.nn.Module
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    layout: Layout
+    iteration: int = 0
+    """Steps done."""
+    consumed_samples: int = 0
+    """Samples of the training order that have been used."""
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that the tracker names; None where there is none yet."""
+    tracker = folder / TRACKER
+    if not tracker.exists():
+        return None
+    name = tracker.read_text().strip()
+    path = folder / ("release" if name == "release" else f"iter_{int(name):07d}")
+    if not path.is_dir():
+        raise UserError(f"{tracker}: names {path.name}, which is not there; correct or delete the tracker")
+    return path
+
+
+def save(folder: Path, state: TrainingState, extra: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint on all ranks together; the tracker moves when all of it is on disk.
+
+    ``extra`` holds plain values that travel along (the recipe). Older checkpoints beyond ``keep`` go.
+    """
+    path = folder / f"iter_{state.iteration:07d}"
+    if torch.distributed.get_rank() == 0:
+        path.mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    # A synchronous save writes from this very process: its results need no queue between processes,
+    # and the one that Megatron would start costs seconds and imports the main module again.
+    filesystem_async._results_queue = queue.Queue()
+    metadata = _metadata()
+    content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
+    dist_checkpointing.save(_state_dict(state, metadata) | extra, str(path), content_metadata=content)
+    if torch.distributed.get_rank() == 0:
+        _write_tracker(folder, state.iteration)
+        _prune(folder, keep)
+    torch.distributed.barrier()
+    return path
+
+
+def resume(folder: Path, state: TrainingState) -> bool:
+    """Continue from the latest checkpoint of this stage; False where there is none."""
+    path = latest_checkpoint(folder)
+    if path is None:
+        return False
+    common = load_common_state_dict(str(path))
+    ready_for_loading(state.optimizer)
+    wanted = _state_dict(state, _metadata() | common["content_metadata"], loading=True)
+    if common["layout"] != asdict(state.layout):
+        del wanted["rng_state"]
+    loaded = dist_checkpointing.load(wanted, str(path))
+    unwrap(state.model).load_state_dict(loaded["model"])
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    unshare_steps(state.optimizer)
+    state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    if "rng_state" in loaded:
+        _restore_rng(loaded["rng_state"])
+    state.iteration = loaded["iteration"]
+    state.consumed_samples = loaded["consumed_samples"]
+    return True
+
+
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Take the weights alone of the latest checkpoint in ``folder``; every weight must be there."""
+    path = latest_checkpoint(folder)
+    if path is None:
+        raise UserError(f"{folder}: no checkpoint there (no {TRACKER})")
+    wanted = {"model": unwrap(model).sharded_state_dict(metadata=_metadata())}
+    # Megatron calls "missing" what the checkpoint has and the model does not, and "unexpected" the reverse
+    loaded, extra, absent = dist_checkpointing.load(wanted, str(path), strict="return_all")
+    left_over = sorted(key for key in extra if not key.startswith(_STATE_PREFIXES))
+    if absent or left_over:
+        raise UserError(
+            f"{path}: not the weights of this model: it lacks {sorted(absent)[:3]} and has {left_over[:3]} too"
+        )
+    unwrap(model).load_state_dict(loaded["model"])
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _state_dict(state: TrainingState, metadata: dict[str, Any], loading: bool = False) -> dict[str, Any]:
+    model = unwrap(state.model).sharded_state_dict(metadata=metadata)
+    return {
+        "model": model,
+        "optimizer": state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
+        "opt_param_scheduler": state.scheduler.state_dict(),
+        "rng_state": _rng_object(),
+        "iteration": state.iteration,
+        "consumed_samples": state.consumed_samples,
+        "layout": asdict(state.layout),
+    }
+
+
+def _rng_object() -> ShardedObject:
+    """Every rank's generators: under DP each rank drops other units, so each state counts."""
+    rng = {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return ShardedObject("rng_state", rng, (world,), (rank,))
+
+
+def _restore_rng(rng: dict[str, Any]) -> None:
+    torch.cuda.set_rng_state(rng["device"])
+    torch.set_rng_state(rng["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(rng["tracker"])
+
+
+def _write_tracker(folder: Path, iteration: int) -> None:
+    temporary = folder / f"{TRACKER}.tmp"
+    with temporary.open("w") as file:
+        file.write(str(iteration))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(folder / TRACKER)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for old in sorted(folder.glob("iter_*"))[:-keep]:
+        shutil.rmtree(old)
