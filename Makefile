@@ -6,10 +6,11 @@ pip_install = $(venv)/bin/python -m pip install --constraint constraints.txt --e
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 .PHONY: help quickstart test test-slow test-slurm test-gpu check format clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 quickstart: $(venv)/.installed-quickstart ## install, then run Branch-Train-MiX whole on three domains of text
 	@$(venv)/bin/btx run examples/quickstart.yaml $(ARGS)

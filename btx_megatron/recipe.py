@@ -341,7 +341,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises UserError, naming the key, for a file that is missing or not YAML, an unknown key, a wrong
     type, or values that cannot hold together.
     """
-    from btx_megatron.recipe_checks import check_recipe
+    from btx_megatron.recipe_checks import check_recipe, resolve_train_iters
 
     path = Path(path)
     try:
@@ -366,6 +366,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     recipe = parse_recipe(tree, where=str(path))
     _resolve_paths(recipe, path.resolve().parent)
     check_recipe(recipe, where=str(path))
+    resolve_train_iters(recipe)
     return recipe
 
 

@@ -1,10 +1,216 @@
+"""Training samples and batches: Megatron's blended datasets, in one order under every layout.
+
+Sample i of a stage is the same on every rank and under every layout: Megatron shuffles documents and
+samples from the seed, and draws from the sources by weight. A batch is a run of consecutive samples,
+cut over micro-batches and data-parallel ranks. So resuming is a matter of counting consumed samples,
+and the data-parallel size may change in between.
+
+The order does depend on the number of samples asked for, because Megatron shuffles whole epochs: a
+resumed run must ask for as many as the first one did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
 import torch
-def batches(samples,*,consumed_samples,micro_batch_size,global_batch_size,data_parallel_rank,data_parallel_size):
-    i=consumed_samples
-    per=micro_batch_size*data_parallel_size
-    while i<len(samples):
-        idx=[i+data_parallel_rank*micro_batch_size+j for j in range(micro_batch_size)]
-        s=[samples[k] for k in idx]
-        t=torch.stack([x["tokens"] for x in s]); l=torch.stack([x["labels"] for x in s])
-        yield {"tokens":t,"labels":l,"loss_mask":torch.ones_like(t,dtype=torch.float),"position_ids":torch.arange(t.shape[1]).expand_as(t),"sample_index":torch.tensor(idx),"step":i//global_batch_size}
-        i+=per
+
+from btx_megatron.data.prepare import read_statistics, token_prefix, tokenizer_path
+from btx_megatron.data.tokenizer import Tokenizer
+from btx_megatron.errors import UserError
+from btx_megatron.recipe import Domain
+
+MIN_SURPLUS = 0.005  # Megatron's default
+
+
+class Samples(Protocol):
+    """Anything with a length whose item i holds ``tokens`` and ``labels``, LongTensor [s] each."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]: ...
+
+
+class TrainingSamples:
+    """The samples of one training stage, over Megatron's GPTDataset and BlendedDataset.
+
+    ``blend`` holds the sampling weight of each domain; one that it does not name is not drawn. Where
+    torch.distributed is initialised every rank must make this object: rank 0 writes the sample order
+    to ``cache`` while the others wait at a barrier. ``cache`` must be a folder that all ranks see and
+    no other stage uses. ``epochs["domain/source"]`` says how often the source's tokens are seen.
+
+    Raises UserError for a blend without weight and for sources that are not in ``data_folder``.
+    """
+
+    def __init__(
+        self,
+        data_folder: Path,
+        domains: list[Domain],
+        blend: dict[str, float],
+        seq_length: int,
+        num_samples: int,
+        random_seed: int,
+        cache: Path,
+    ) -> None:
+        weights = source_weights(domains, blend)
+        prepared = _prepared_sources(data_folder, list(weights))
+        # Megatron's cache goes by path, not by content: text prepared anew must not meet an old order.
+        content = "".join(source["idx_sha256"] for source in prepared)
+        cache = cache / hashlib.sha256(content.encode()).hexdigest()[:16]
+        config = {
+            "random_seed": random_seed,
+            "sequence_length": seq_length,
+            "path_to_cache": str(cache),
+            "tokenizer": Tokenizer(tokenizer_path(data_folder)),
+            "mid_level_dataset_surplus": surplus(list(weights.values()), num_samples),
+        }
+        prefixes = [str(token_prefix(data_folder, "train", *key)) for key in weights]
+        remove_broken_arrays(cache)
+        self._samples = _build(prefixes, list(weights.values()), num_samples, config)
+        self._num_samples = num_samples
+        drawn = _samples_by_source(self._samples, len(weights), num_samples)
+        self.epochs = {
+            "/".join(key): count * seq_length / source["tokens"]
+            for key, source, count in zip(weights, prepared, drawn, strict=True)
+        }
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        """Sample i: ``tokens`` and ``labels``, LongTensor [s]; a label is the token that follows."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        sample = self._samples[i]
+        return {"tokens": sample["tokens"], "labels": sample["labels"]}
+
+
+def batches(
+    samples: Samples,
+    *,
+    consumed_samples: int,
+    micro_batch_size: int,
+    global_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> Iterator[dict[str, Any]]:
+    """One dict a micro-batch for this rank, from ``consumed_samples`` to the last whole batch.
+
+    Step g takes samples [g*GBS, (g+1)*GBS); its micro-batch m gives rank r the MBS samples from
+    g*GBS + m*MBS*DP + r*MBS on. Keys: ``tokens``, ``labels``, ``position_ids`` LongTensor [b, s];
+    ``loss_mask`` float [b, s], all 1; ``sample_index`` LongTensor [b], the number of each sample in
+    the training order; ``step`` int.
+    """
+    across = micro_batch_size * data_parallel_size
+    if global_batch_size % across or consumed_samples % global_batch_size:
+        raise ValueError(
+            f"consumed_samples {consumed_samples} must be whole batches of {global_batch_size}, and these "
+            f"whole micro-batches of {micro_batch_size} x {data_parallel_size}"
+        )
+    for step in range(consumed_samples // global_batch_size, len(samples) // global_batch_size):
+        for first in range(step * global_batch_size, (step + 1) * global_batch_size, across):
+            mine = first + data_parallel_rank * micro_batch_size
+            yield _micro_batch(samples, range(mine, mine + micro_batch_size), step)
+
+
+def source_weights(domains: list[Domain], blend: dict[str, float]) -> dict[tuple[str, str], float]:
+    """Sampling weight of each (domain, source) that is drawn at all; they sum to 1.
+
+    Raises UserError for a domain that does not exist and for weights that leave nothing to draw.
+    """
+    unknown = set(blend) - {domain.name for domain in domains}
+    if unknown:
+        raise UserError(f"blend: no domain '{min(unknown)}'; there are {', '.join(d.name for d in domains)}")
+    weights: dict[tuple[str, str], float] = {}
+    for domain in domains:
+        total = sum(source.weight for source in domain.sources)
+        for source in domain.sources:
+            share = blend.get(domain.name, 0.0) * source.weight
+            if share > 0:
+                weights[domain.name, source.name] = share / total
+    if not weights:
+        raise UserError(f"blend {blend}: every weight is 0; give a domain with text a positive one")
+    whole = sum(weights.values())
+    return {key: weight / whole for key, weight in weights.items()}
+
+
+def surplus(weights: list[float], num_samples: int) -> float:
+    """Share of spare samples with which no source of the blend runs dry (Megatron stops if one does).
+
+    Megatron asks of each source for ceil(ceil(n w) (1 + surplus)) samples and then blends a few more
+    than n, as it rounds every source up; drawing the source that lags most takes at most
+    w (size - 1) + 1 from one. Its default, 0.5 %, is too little for many sources and few samples.
+    """
+    asked = [math.ceil(num_samples * weight) for weight in weights]
+    drawn = [math.floor(weight * (sum(asked) - 1) + 1) for weight in weights]
+    spare = MIN_SURPLUS
+    while any(math.ceil(a * (1 + spare)) < d for a, d in zip(asked, drawn, strict=True)):
+        spare *= 2
+    return spare
+
+
+def remove_broken_arrays(cache: Path) -> None:
+    """Remove arrays that a killed run left half written: Megatron takes every file that exists.
+
+    Rank 0 alone does it, before it builds; the others read after the builder's barrier.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    for path in cache.glob("*.npy"):
+        try:
+            np.load(path, mmap_mode="r")
+        except (ValueError, EOFError):
+            path.unlink()
+
+
+def _micro_batch(samples: Samples, indices: range, step: int) -> dict[str, Any]:
+    items = [samples[i] for i in indices]
+    tokens = torch.stack([item["tokens"] for item in items])
+    return {
+        "tokens": tokens,
+        "labels": torch.stack([item["labels"] for item in items]),
+        "loss_mask": torch.ones(tokens.shape, dtype=torch.float),
+        "position_ids": torch.arange(tokens.shape[1]).expand(tokens.shape).contiguous(),
+        "sample_index": torch.tensor(indices),
+        "step": step,
+    }
+
+
+def _prepared_sources(data_folder: Path, keys: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The statistics of the training text of each (domain, source)."""
+    domains = read_statistics(data_folder)["domains"]
+    for domain, source in keys:
+        if source not in domains.get(domain, {}):
+            raise UserError(
+                f"{data_folder}: domain '{domain}', source '{source}' is not there; run `btx prepare`"
+            )
+    return [domains[domain][source]["train"] for domain, source in keys]
+
+
+def _build(prefixes: list[str], weights: list[float], num_samples: int, options: dict[str, Any]) -> Any:
+    """Megatron's dataset: a GPTDataset for one source, else a BlendedDataset of several."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    config = GPTDatasetConfig(
+        blend_per_split=[(prefixes, weights), None, None],
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        **options,
+    )
+    sizes = [num_samples, 0, 0]  # training, validation, test; only the first is built
+    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
+
+
+def _samples_by_source(dataset: Any, sources: int, num_samples: int) -> list[int]:
+    """How many of the first ``num_samples`` samples each source gives."""
+    if sources == 1:
+        return [num_samples]
+    return np.bincount(dataset.dataset_index[:num_samples], minlength=sources).tolist()

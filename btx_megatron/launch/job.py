@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from btx_megatron.pipeline import Task
 from btx_megatron.recipe import Recipe, parse_recipe, recipe_to_dict
+from btx_megatron.runtime.progress import PROGRESS_FILE
+from btx_megatron.runtime.stop import STOP_FILE
+from btx_megatron.runtime.stopwatch import DURATION_FILE
 
 JOB_FILE = "job.json"
+LOG_FILE = "log.txt"
 CHECKPOINTS = "checkpoints"
-
-Task = Literal["prepare", "train", "mix", "average", "evaluate", "report"]
+PASSING_FILES = (JOB_FILE, PROGRESS_FILE, STOP_FILE, DURATION_FILE)
+"""Files of a work folder that say nothing any more once the stage is finished."""
+LAUNCH_FILES = (*PASSING_FILES, LOG_FILE)
+"""Files of a work folder that are not the stage's own."""
 
 _BRANCHES_FROM = {"expert": "seed", "dense": "seed", "finetune": "mix"}
 

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from btx_megatron.model.layers import LocalBackend
-from btx_megatron.model.routers import Router, routers_of
+from btx_megatron.model.routers import Router
 from btx_megatron.recipe import Layout, Moe, Recipe, Stage
 
 # what a build without Transformer Engine and apex cannot fuse
@@ -143,8 +143,8 @@ def build_model(
 ) -> torch.nn.Module:
     """This rank's part of the model, after ``runtime.ranks.set_layout(stage.layout)``.
 
-    Under bf16 the module computes in bfloat16, but for the router, whose weight stays in fp32 (a
-    rounded router flips routes).
+    Under bf16 the module computes in bfloat16; the router's logits and softmax stay in fp32, and so do
+    the optimizer's master copies of all weights (the router's too).
     """
     config = transformer_config(recipe, stage, num_experts)
     layers = get_num_layers_to_build(config)
@@ -167,8 +167,6 @@ def build_model(
         model.cuda(torch.cuda.current_device())
     if config.bf16:
         model = Float16Module(config, model)
-        for router in routers_of(model).values():
-            router.weight.data = router.weight.data.float()
     return model
 
 

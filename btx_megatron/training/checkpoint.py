@@ -89,6 +89,7 @@ def resume(folder: Path, state: TrainingState) -> bool:
     if path is None:
         return False
     common = load_common_state_dict(str(path))
+    _check_reshardable(path, common["layout"], asdict(state.layout))
     ready_for_loading(state.optimizer)
     wanted = _state_dict(state, _metadata() | common["content_metadata"], loading=True)
     if common["layout"] != asdict(state.layout):
@@ -103,6 +104,16 @@ def resume(folder: Path, state: TrainingState) -> bool:
     state.iteration = loaded["iteration"]
     state.consumed_samples = loaded["consumed_samples"]
     return True
+
+
+def _check_reshardable(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Optimizer state moves over TP, PP and DP; Megatron cannot move it over these two."""
+    for key in ("use_distributed_optimizer", "expert_model_parallel_size"):
+        if saved[key] != wanted[key]:
+            raise UserError(
+                f"{path}: saved with layout.{key}={saved[key]}, to go on with {wanted[key]} is not"
+                f" possible (optimizer state does not reshard over it): set it back to {saved[key]}"
+            )
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:

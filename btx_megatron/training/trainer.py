@@ -78,7 +78,8 @@ class Trainer:
             micro_batch_size=self.stage.training.micro_batch_size,
             forward_only=False,
         )
-        loss, tokens, stop = _sum_over_ranks(losses, stop_requested)
+        loss_sum, tokens, stop = sum_over_ranks(losses, stop_requested)
+        loss = loss_sum / tokens
         if not math.isfinite(loss):
             raise StageFailed(f"the loss is {loss}: lower training.lr, or look at the data of this step")
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -127,8 +128,8 @@ def _sum_loss(mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tenso
     return loss, tokens.int(), torch.stack([loss.detach(), tokens])
 
 
-def _sum_over_ranks(losses: list[Tensor], stop: bool) -> tuple[float, int, bool]:
-    """Mean loss, tokens and the stop flag of a step, equal on all ranks, in one collective.
+def sum_over_ranks(losses: list[Tensor], stop: bool) -> tuple[float, int, bool]:
+    """Summed loss, tokens and the stop flag of a step, equal on all ranks, in one collective.
 
     The last pipeline stage alone has losses, and its TP ranks hold the same ones.
     """
@@ -138,7 +139,7 @@ def _sum_over_ranks(losses: list[Tensor], stop: bool) -> tuple[float, int, bool]
     total[2] = float(stop)
     torch.distributed.all_reduce(total)
     loss, tokens, stops = total.tolist()
-    return loss / tokens, int(tokens), stops > 0
+    return loss, int(tokens), stops > 0
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""Train one tiny model under many layouts in one torchrun; the losses go to a file.
+"""Train one tiny model under many layouts in one torchrun; what happened goes to a JSON file.
 
-    torchrun --nproc-per-node 1 layout_worker.py FOLDER      reference, and the initial checkpoints
+    torchrun --nproc-per-node 1 layout_worker.py FOLDER      the reference, and the initial checkpoints
     torchrun --nproc-per-node 2 layout_worker.py FOLDER      the layouts, from those checkpoints
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,38 +20,42 @@ from btx_megatron.runtime import ranks
 
 STEPS, VOCABULARY, EXPERTS = 20, 128, 4
 
-MODEL = Model(num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, seq_length=32)
-TRAINING = Training(train_iters=STEPS, micro_batch_size=2, global_batch_size=8, lr=1e-2, lr_warmup_iters=2)
+MODEL = Model(
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=2,
+    seq_length=32,
+)
+TRAINING = Training(
+    train_iters=STEPS, micro_batch_size=2, global_batch_size=8, lr=1e-2, lr_warmup_iters=2
+)
 
-TWO = {
+TP2_SP = Layout(tensor_model_parallel_size=2, sequence_parallel=True)
+DP2_DISTRIBUTED = Layout(data_parallel_size=2, use_distributed_optimizer=True)
+EP2 = Layout(data_parallel_size=2, expert_model_parallel_size=2)
+PP2 = Layout(pipeline_model_parallel_size=2)
+
+LAYOUTS = {
     "dense": {
-        "TP2+SP": Layout(tensor_model_parallel_size=2, sequence_parallel=True),
-        "TP2": Layout(tensor_model_parallel_size=2),
-        "PP2": Layout(pipeline_model_parallel_size=2),
+        "TP2+SP": TP2_SP,
+        "TP2": replace(TP2_SP, sequence_parallel=False),
+        "PP2": PP2,
         "DP2": Layout(data_parallel_size=2),
-        "DP2+distributed": Layout(data_parallel_size=2, use_distributed_optimizer=True),
-        "DP2+distributed+overlap": Layout(
-            data_parallel_size=2,
-            use_distributed_optimizer=True,
-            overlap_grad_reduce=True,
-            overlap_param_gather=True,
+        "DP2+distributed": DP2_DISTRIBUTED,
+        "DP2+distributed+overlap": replace(
+            DP2_DISTRIBUTED, overlap_grad_reduce=True, overlap_param_gather=True
         ),
     },
     "moe": {
-        "EP2": Layout(data_parallel_size=2, expert_model_parallel_size=2),
-        "EP2+distributed": Layout(
-            data_parallel_size=2, expert_model_parallel_size=2, use_distributed_optimizer=True
-        ),
-        "TP2+SP+EP2": Layout(
-            tensor_model_parallel_size=2,
-            sequence_parallel=True,
-            expert_model_parallel_size=2,
-            expert_tensor_parallel_size=1,
-        ),
-        "TP2+SP": Layout(tensor_model_parallel_size=2, sequence_parallel=True),
+        "EP2": EP2,
+        "EP2+distributed": replace(EP2, use_distributed_optimizer=True),
+        "TP2+SP": TP2_SP,
+        "TP2+SP+EP2": replace(TP2_SP, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
+        "PP2": PP2,
     },
 }
-ONE = {kind: {"1 process": Layout()} for kind in TWO}
 
 
 class RandomSamples:
@@ -66,48 +71,128 @@ class RandomSamples:
         return {"tokens": tokens[:-1], "labels": tokens[1:]}
 
 
-def train(kind: str, layout: Layout, folder: Path, balancing: str = "btx", bf16: bool = False) -> dict[str, Any]:
-    """Losses of STEPS steps and the gradient norms, from the initial checkpoint of ``kind``."""
-    ranks.set_layout(layout, seed=7)
-    from megatron.core import parallel_state
+class Run:
+    """One training run of a kind of model under a layout, from the kind's initial checkpoint."""
 
-    from btx_megatron.data.blend import batches
-    from btx_megatron.training.checkpoint import TrainingState, load_weights, save
-    from btx_megatron.training.trainer import Trainer
+    def __init__(self, kind: str, layout: Layout, folder: Path, **options: Any) -> None:
+        ranks.set_layout(layout, seed=7)
+        from btx_megatron.training.checkpoint import TrainingState, load_weights, save
+        from btx_megatron.training.trainer import Trainer
 
-    training = replace(TRAINING, bf16=bf16)
-    recipe = Recipe(model=MODEL, training=training, moe=Moe(moe_router_load_balancing_type=balancing))
-    stage = Stage(training=training, layout=layout)
-    experts = EXPERTS if kind == "moe" else None
-    trainer = Trainer(recipe, stage, padded_vocab_size=VOCABULARY, num_experts=experts)
-    state = TrainingState(trainer.model, trainer.optimizer, trainer.scheduler, layout)
-    initial = folder / f"initial-{kind}"
-    if not initial.exists():
-        save(initial, state, {}, keep=1)
-    load_weights(initial, trainer.model)
-    trainer.optimizer.reload_model_params()
-    stream = batches(
-        RandomSamples(),
-        consumed_samples=0,
-        micro_batch_size=training.micro_batch_size,
-        global_batch_size=training.global_batch_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-    )
-    results = [trainer.step(stream) for _ in range(STEPS)]
-    return {"loss": [r.lm_loss for r in results], "grad_norm": [r.grad_norm for r in results]}
+        model = replace(MODEL, hidden_dropout=options.get("dropout", 0.0))
+        self.training = replace(TRAINING, bf16=options.get("bf16", False))
+        moe = Moe(moe_router_load_balancing_type=options.get("balancing", "btx"))
+        self.trainer = Trainer(
+            Recipe(model=model, training=self.training, moe=moe),
+            Stage(training=self.training, layout=layout),
+            padded_vocab_size=VOCABULARY,
+            num_experts=EXPERTS if kind == "moe" else None,
+        )
+        t = self.trainer
+        self.state = TrainingState(t.model, t.optimizer, t.scheduler, layout)
+        initial = folder / f"initial-{kind}"
+        if not initial.exists():
+            save(initial, self.state, {}, keep=1)
+        load_weights(initial, t.model)
+        t.optimizer.reload_model_params()
+
+    def steps(self, count: int) -> dict[str, list[float]]:
+        """Losses and gradient norms of the next ``count`` steps."""
+        stream = self._batches()
+        results = [self.trainer.step(stream) for _ in range(count)]
+        self.state.iteration += count
+        self.state.consumed_samples += count * self.training.global_batch_size
+        return {"loss": [r.lm_loss for r in results], "grad_norm": [r.grad_norm for r in results]}
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        from megatron.core import parallel_state
+
+        from btx_megatron.data.blend import batches
+
+        return batches(
+            RandomSamples(),  # type: ignore[arg-type]
+            consumed_samples=self.state.consumed_samples,
+            micro_batch_size=self.training.micro_batch_size,
+            global_batch_size=self.training.global_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        )
+
+
+def resumed(kind: str, first: Layout, second: Layout, folder: Path, name: str, **options: Any) -> list[float]:
+    """Losses of the second half of a run that was saved under one layout and goes on under another."""
+    from btx_megatron.training.checkpoint import resume, save
+
+    half = STEPS // 2
+    before = Run(kind, first, folder, **options)
+    before.steps(half)
+    save(folder / f"resume-{name}", before.state, {}, keep=1)
+    after = Run(kind, second, folder, **options)
+    assert resume(folder / f"resume-{name}", after.state)
+    assert (after.state.iteration, after.state.consumed_samples) == (half, half * 8)
+    return after.steps(STEPS - half)["loss"]
+
+
+def resumes(folder: Path) -> dict[str, Any]:
+    """Interrupted runs beside whole ones: same layout (bit for bit), and another layout."""
+    cases = {
+        "dense DP2+distributed, dropout": ("dense", DP2_DISTRIBUTED, {"dropout": 0.1}),
+        "dense TP2+SP, dropout": ("dense", TP2_SP, {"dropout": 0.1}),
+        "dense DP2+distributed, bf16": ("dense", DP2_DISTRIBUTED, {"bf16": True}),
+        "dense PP2, bf16": ("dense", PP2, {"bf16": True}),
+        "moe EP2+distributed": ("moe", replace(EP2, use_distributed_optimizer=True), {}),
+        "moe EP2, bf16": ("moe", EP2, {"bf16": True}),
+    }
+    result: dict[str, Any] = {}
+    for number, (name, (kind, layout, options)) in enumerate(cases.items()):
+        whole = Run(kind, layout, folder, **options).steps(STEPS)["loss"]
+        after = resumed(kind, layout, layout, folder, f"same-{number}", **options)
+        result[name] = {"whole": whole[STEPS // 2 :], "resumed": after}
+    for number, second in enumerate((TP2_SP, PP2)):
+        second = replace(second, use_distributed_optimizer=True)
+        after = resumed("dense", DP2_DISTRIBUTED, second, folder, f"other-{number}")
+        result[f"reshard {number}"] = after
+    return result
+
+
+def balancing_gradients() -> dict[str, Any]:
+    """Value and logit gradient of the soft balancing loss on two skewed shards, and on the whole."""
+    from btx_megatron.model.balancing import soft_balancing_loss
+
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(64, EXPERTS, generator=generator, dtype=torch.float64)
+    logits[:32, 0] += 4.0  # the first shard prefers expert 0: a naive per-shard loss is far off
+    logits = logits.float()
+    rank = torch.distributed.get_rank()
+    shard = logits[32 * rank : 32 * rank + 32].clone().requires_grad_()
+    group = torch.distributed.group.WORLD
+    value = soft_balancing_loss(gates_of(shard), shard.softmax(-1), group)
+    value.backward()
+    assert shard.grad is not None
+    gradients = [torch.empty_like(shard.grad) for _ in range(2)]
+    torch.distributed.all_gather(gradients, shard.grad)
+    return {"value": value.item(), "gradient": torch.cat(gradients).tolist(), "logits": logits.tolist()}
+
+
+def gates_of(logits: torch.Tensor) -> torch.Tensor:
+    """SoftMax(TopK), k = 2, as a dense [tokens, experts] tensor."""
+    top = logits.topk(2, dim=-1)
+    return torch.zeros_like(logits).scatter(-1, top.indices, top.values.softmax(-1))
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     ranks.start_ranks()
     world = torch.distributed.get_world_size()
-    results: dict[str, Any] = {}
-    for kind, layouts in (ONE if world == 1 else TWO).items():
-        for name, layout in layouts.items():
-            results[f"{kind} {name}"] = train(kind, layout, folder)
+    result: dict[str, Any] = {}
+    for kind, layouts in LAYOUTS.items():
+        for name, layout in layouts.items() if world == 2 else [("1 process", Layout())]:
+            result[f"{kind} {name}"] = Run(kind, layout, folder).steps(STEPS)
+    if world == 2:
+        result["resumes"] = resumes(folder)
+        result["balancing"] = balancing_gradients()
     if torch.distributed.get_rank() == 0:
-        (folder / f"losses-{world}.json").write_text(json.dumps(results, indent=1))
+        (folder / f"result-{world}.json").write_text(json.dumps(result, indent=1))
     ranks.stop_ranks()
 
 

@@ -1,0 +1,191 @@
+"""``btx``: one subcommand a stage, no logic.
+
+Answers that need no tensors (help, plan, status) must come at once, so nothing heavy is imported at the
+top; what a command needs it imports itself. Exit codes and their meaning are in errors.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import btx_megatron
+from btx_megatron.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, StageFailed, Stopped, UserError
+
+if TYPE_CHECKING:
+    from btx_megatron.recipe import Recipe
+
+app = typer.Typer(
+    help="Branch-Train-MiX on Megatron-Core: from one seed model to a mixture of experts.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: importing rich would double the time it takes
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as training.lr=1e-4.")
+]
+RunOrRecipe = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the recipe that made it.")]
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    try:
+        app(prog_name="btx")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else EXIT_FAILURE
+    except (UserError, StageFailed, Stopped) as error:
+        for line in str(error).splitlines():
+            print(f"btx: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_STOPPED
+    return EXIT_DONE
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"btx {btx_megatron.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Run the whole pipeline: what is not finished yet, from where it stopped."""
+    from btx_megatron.launch.local import run_pipeline
+
+    loaded = _load(recipe, overrides)
+    run_pipeline(loaded)
+    _print_report(Path(loaded.run_folder))
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Show stages, layouts, sizes and tokens; nothing is run."""
+    from btx_megatron.launch.tables import plan_text
+
+    print(plan_text(_load(recipe, overrides)))
+
+
+@app.command()
+def status(run: RunOrRecipe) -> None:
+    """Show which stages are done, running, unfinished or missing."""
+    from btx_megatron.launch.tables import status_text
+
+    print(status_text(_run_recipe(run)))
+
+
+@app.command()
+def verify(checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint folder.")]) -> None:
+    """Re-read a checkpoint: shapes, finite values, distinct experts, hashes."""
+    from btx_megatron.mixing.verify import verify as verify_checkpoint
+
+    print(verify_checkpoint(checkpoint))
+
+
+@app.command()
+def report(run: RunOrRecipe) -> None:
+    """Write the report of a finished run again."""
+    from btx_megatron.launch.local import run_stages
+
+    recipe = _run_recipe(run)
+    run_stages(recipe, ["report"], again=True)
+    _print_report(Path(recipe.run_folder))
+
+
+@app.command()
+def prepare(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Make the tokenizer and the token files."""
+    _run_alone(_load(recipe, overrides), ["prepare"])
+
+
+@app.command()
+def seed(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train the seed model."""
+    _run_alone(_load(recipe, overrides), ["seed"])
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    domain: Annotated[str | None, typer.Option(metavar="NAME", help="Its expert alone.")] = None,
+) -> None:
+    """Train the experts, each apart; or the one of --domain."""
+    loaded = _load(recipe, overrides)
+    if domain is not None and domain not in loaded.domain_names:
+        raise UserError(f"--domain {domain}: no such domain; the recipe has {', '.join(loaded.domain_names)}")
+    names = loaded.domain_names if domain is None else [domain]
+    _run_alone(loaded, [f"expert:{name}" for name in names])
+
+
+@app.command()
+def mix(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Merge the experts into a mixture of experts, and (the baseline) into their average."""
+    _run_alone(_load(recipe, overrides), ["mix", "average"])
+
+
+@app.command()
+def finetune(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train the mixture of experts."""
+    _run_alone(_load(recipe, overrides), ["finetune"])
+
+
+@app.command()
+def dense(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train the baseline: the seed continued, without branching."""
+    loaded = _load(recipe, overrides)
+    if "dense" not in loaded.baselines:
+        raise UserError(f"{recipe}: baselines does not name 'dense'; add it to train that baseline")
+    _run_alone(loaded, ["dense"])
+
+
+@app.command()
+def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Measure the held-out loss of every model."""
+    _run_alone(_load(recipe, overrides), ["evaluate"])
+
+
+def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
+    from btx_megatron.recipe import load_recipe
+
+    return load_recipe(recipe, overrides)
+
+
+def _run_recipe(run_or_recipe: Path) -> Recipe:
+    """The recipe of a run folder, or of a recipe's file."""
+    from btx_megatron.run_folder import RunFolder
+
+    return RunFolder(run_or_recipe).recipe() if run_or_recipe.is_dir() else _load(run_or_recipe, None)
+
+
+def _run_alone(recipe: Recipe, stages: Collection[str]) -> None:
+    from btx_megatron.launch.local import run_stages
+
+    run_stages(recipe, stages)
+
+
+def _print_report(run_folder: Path) -> None:
+    import json
+
+    from rich.console import Console
+
+    from btx_megatron.evaluation.report import rows_table
+
+    folder = run_folder / "report"
+    Console().print(rows_table(json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
+    print(f"report: {folder / 'report.md'}")

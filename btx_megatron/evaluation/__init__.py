@@ -1,0 +1,1 @@
+"""Held-out loss of every model of a run, and the report."""

@@ -1,0 +1,151 @@
+"""Held-out loss of every model of a run, and the routes that the MoE takes, domain by domain.
+
+Nats a token over fixed windows, each held-out token counted once. The windows of a domain are dealt out
+over the data-parallel ranks; every rank runs the same number of micro-batches, filled up with empty
+windows (mask 0), since ranks that share experts must meet in every layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from btx_megatron.data.held_out import held_out_windows
+from btx_megatron.launch.job import Job
+from btx_megatron.recipe import SEED, Recipe, Stage
+from btx_megatron.runtime import ranks
+from btx_megatron.runtime.progress import Progress
+
+MOE_ROWS = ("merged", "btx")
+Windows = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def rows_of(recipe: Recipe) -> dict[str, str]:
+    """The rows of the result table, in order: row -> the stage folder whose checkpoint it is."""
+    rows = {SEED: "seed"}
+    rows |= {f"expert:{name}": f"experts/{name}" for name in recipe.domain_names}
+    rows |= {"average": "average", "merged": "mix"}
+    rows |= {baseline: baseline for baseline in recipe.baselines}
+    return rows | {"btx": "finetune"}
+
+
+def run_evaluation(job: Job) -> dict[str, Any]:
+    """Evaluate every row on every domain; rank 0 writes ``evaluation.json`` and all return its content."""
+    recipe = job.recipe
+    stage = Stage(
+        training=replace(recipe.training, micro_batch_size=recipe.evaluate.micro_batch_size),
+        layout=recipe.evaluate.layout,
+    )
+    ranks.start_ranks()
+    ranks.set_layout(stage.layout, recipe.training.seed)
+    try:
+        result = _evaluate_rows(job, stage)
+        if torch.distributed.get_rank() == 0:
+            (job.work_folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    finally:
+        ranks.stop_ranks()
+    return {"held_out_tokens": result["held_out_tokens"]}
+
+
+def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
+    from btx_megatron.model.build import build_model
+    from btx_megatron.training.checkpoint import load_weights
+
+    recipe = job.recipe
+    vocabulary = json.loads((job.data_folder / "statistics.json").read_text())["padded_vocab_size"]
+    windows = {name: _windows(job, name) for name in recipe.domain_names}
+    rows = rows_of(recipe)
+    progress = Progress(job.work_folder) if torch.distributed.get_rank() == 0 else None
+    models: dict[int | None, torch.nn.Module] = {}
+    losses: dict[str, dict[str, float]] = {}
+    routing: list[list[list[float]]] = []
+    for done, (row, folder) in enumerate(rows.items()):
+        if progress:
+            progress.update("evaluating", done, len(rows), row)
+        experts = len(recipe.expert_names) if row in MOE_ROWS else None
+        if experts not in models:
+            models[experts] = build_model(recipe, stage, vocabulary, experts)
+        model = models[experts]
+        load_weights(job.run_folder / folder / "checkpoints", model)
+        take_routing_share(model, recipe.model.num_layers)
+        losses[row] = {}
+        for name in recipe.domain_names:
+            losses[row][name] = held_out_loss(model, windows[name], stage, recipe.model.seq_length)
+            share = take_routing_share(model, recipe.model.num_layers)
+            if row == "btx":
+                routing.append(share)
+    return {
+        "held_out_loss": losses,
+        "held_out_tokens": {name: int(sum(w[2].sum() for w in windows[name])) for name in windows},
+        "routing": {"share": routing, "domains": recipe.domain_names, "experts": recipe.expert_names},
+    }
+
+
+def _windows(job: Job, domain: str) -> Windows:
+    limit = job.recipe.data.held_out_max_tokens
+    return list(held_out_windows(job.data_folder, domain, job.recipe.model.seq_length, limit))
+
+
+def held_out_loss(model: torch.nn.Module, windows: Windows, stage: Stage, sequence: int) -> float:
+    """Mean loss in nats a token over all windows, equal on all ranks; the model in any layout."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from btx_megatron.training.trainer import evaluating, forward_step, sum_over_ranks
+
+    size, dp = stage.training.micro_batch_size, parallel_state.get_data_parallel_world_size()
+    count = -(-len(windows) // (size * dp))
+    with evaluating(model):
+        losses = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=_batches(windows, size, count, parallel_state.get_data_parallel_rank(), dp),
+            model=[model],
+            num_microbatches=count,
+            seq_length=sequence,
+            micro_batch_size=size,
+            forward_only=True,
+        )
+    loss, tokens, _ = sum_over_ranks(losses, False)
+    return loss / tokens
+
+
+def _batches(windows: Windows, size: int, count: int, rank: int, dp: int) -> Iterator[dict[str, Any]]:
+    """``count`` micro-batches of ``size`` windows for this rank; empty windows fill up the last ones."""
+    empty = tuple(np.zeros_like(part) for part in windows[0])
+    for number in range(count):
+        first = (number * dp + rank) * size
+        indices = range(first, first + size)
+        chosen = [windows[i] if i < len(windows) else empty for i in indices]
+        tokens, labels, mask = (torch.from_numpy(np.stack(part)) for part in zip(*chosen, strict=True))
+        yield {
+            "tokens": tokens.long(),
+            "labels": labels.long(),
+            "loss_mask": mask.float(),
+            "position_ids": torch.arange(tokens.shape[1]).expand_as(tokens),
+            "sample_index": torch.tensor(list(indices)),
+            "step": 0,
+        }
+
+
+def take_routing_share(model: torch.nn.Module, num_layers: int) -> list[list[float]]:
+    """[layers][experts] share of the routes that each expert took since the last call; [] if dense.
+
+    Counted over all ranks.
+    """
+    from btx_megatron.model.routers import routers_of
+
+    routers = routers_of(model)
+    if not routers:
+        return []
+    experts = next(iter(routers.values())).num_experts
+    load = torch.zeros(num_layers, experts, dtype=torch.float64, device=ranks.device())
+    for layer, router in routers.items():
+        load[layer] = router.take_load().double()
+    torch.distributed.all_reduce(load)
+    return (load / load.sum(dim=1, keepdim=True).clamp(min=1)).tolist()

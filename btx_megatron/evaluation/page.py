@@ -1,0 +1,173 @@
+"""report.md: a result page that can be read years later. Dated, with the numbers, what made them and what
+was not measured. Every sentence about a result is made from the numbers, whichever way they fall."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from btx_megatron.manifest import Manifest
+from btx_megatron.recipe import Layout, Recipe
+from btx_megatron.recipe_checks import training_stages
+
+Losses = dict[str, dict[str, float]]
+
+
+def render_page(
+    recipe: Recipe, summary: dict[str, Any], evaluation: dict[str, Any], manifests: dict[str, Manifest]
+) -> str:
+    """The whole page, in Markdown; pictures are named relative to it."""
+    held_out = ", ".join(f"{name} {count:,}" for name, count in evaluation["held_out_tokens"].items())
+    sections = [
+        f"# Branch-Train-MiX: {recipe.name}",
+        f"Run finished {manifests['evaluate'].created[:10]}, report written {datetime.now(UTC):%Y-%m-%d} (UTC). "
+        "One run with one random seed: there are no error bars.",
+        "## Held-out loss",
+        f"Nats a token, every held-out token counted once ({held_out} tokens). `mean` is the plain mean over "
+        "the domains, *training tokens* what was spent on the model beyond the seed. The best of each column "
+        "is bold.",
+        loss_table(summary),
+        "How `btx` stands, on the mean:",
+        verdict(summary),
+        "![Training and held-out loss](losses.png)",
+        "## Routing of the MoE",
+        routing_text(evaluation["routing"]),
+        "![Share of the routes by domain, layer and expert](routing.png)",
+        "## What was run",
+        model_text(recipe, summary["parameters"]),
+        stage_table(recipe, manifests),
+        "Experts may train side by side, so the run can take less than the sum of its stages.",
+        environment_text(manifests["evaluate"]),
+        "## Not measured",
+        "Other random seeds, downstream tasks, and anything about larger models. The times are wall times of "
+        "one run on a machine that may have had other work to do.",
+        "## To reproduce",
+        "The resolved recipe is `recipe.yaml` in the run folder, and `recipe` in each stage's "
+        "`manifest.json`. With the code at the commit above:",
+        "```\nbtx run recipe.yaml run_folder=runs/again\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def loss_table(summary: dict[str, Any]) -> str:
+    """Rows and columns of ``held_out_loss``, with the tokens that each row took."""
+    losses: Losses = summary["held_out_loss"]
+    columns = list(next(iter(losses.values())))
+    best = {column: min(row[column] for row in losses.values()) for column in columns}
+    lines = []
+    for row, values in losses.items():
+        cells = [f"**{v:.3f}**" if v == best[column] else f"{v:.3f}" for column, v in values.items()]
+        lines.append([f"`{row}`", *cells, f"{summary['tokens'][row]:,}"])
+    return _table(["model", *columns, "training tokens"], lines)
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """One line for each other row: how much better or worse ``btx`` is, as it fell."""
+    losses, tokens, parameters = summary["held_out_loss"], summary["tokens"], summary["parameters"]
+    lines = []
+    for row, values in losses.items():
+        if row == "btx":
+            continue
+        line = f"- {_compare(losses['btx']['mean'], values['mean'], f'`{row}`')}"
+        domain = row.partition(":")[2]
+        if domain:
+            line += f"; on its own domain, {_compare(losses['btx'][domain], values[domain], 'it')}"
+        if row == "dense":
+            line += (
+                f", the seed trained on for {tokens['dense']:,} tokens (btx {tokens['btx']:,}); a token uses "
+                f"{parameters['moe_active']:,} parameters of btx and {parameters['dense']:,} of dense"
+            )
+        lines.append(line + ".")
+    return "\n".join(lines)
+
+
+def routing_text(routing: dict[str, Any]) -> str:
+    """Which expert each domain uses most, over all layers, and how that compares with an even share."""
+    experts, parts = routing["experts"], []
+    for domain, layers in zip(routing["domains"], routing["share"], strict=True):
+        means = [sum(shares) / len(layers) for shares in zip(*layers, strict=True)]
+        top = max(range(len(experts)), key=means.__getitem__)
+        parts.append(f"{domain} goes most to the expert {experts[top]} ({means[top]:.0%})")
+    return f"Share of the routes, mean over the layers: {'; '.join(parts)}. Even would be {1 / len(experts):.0%}."
+
+
+def model_text(recipe: Recipe, parameters: dict[str, int]) -> str:
+    """Shape and size of the models."""
+    model, moe = recipe.model, recipe.moe
+    return (
+        f"A Llama-shaped model: {model.num_layers} layers, hidden size {model.hidden_size}, feed-forward "
+        f"{model.ffn_hidden_size}, {model.num_attention_heads} heads, sequence length {model.seq_length}; "
+        f"{parameters['dense']:,} parameters. The MoE has {len(recipe.expert_names)} experts "
+        f"({', '.join(recipe.expert_names)}), top-{moe.moe_router_topk} routing, balancing "
+        f"`{moe.moe_router_load_balancing_type}` with weight {moe.moe_aux_loss_coeff:g}; "
+        f"{parameters['moe_total']:,} parameters, {parameters['moe_active']:,} of them active for a token. "
+        "Counts are without vocabulary padding."
+    )
+
+
+def stage_table(recipe: Recipe, manifests: dict[str, Manifest]) -> str:
+    """Tokens, layout and wall time of each stage."""
+    trained = training_stages(recipe)
+    lines = []
+    for stage, manifest in manifests.items():
+        layout = recipe.stage(stage).layout if stage in trained else None
+        layout = recipe.evaluate.layout if stage == "evaluate" else layout
+        tokens = f"{manifest.tokens:,}" if manifest.tokens else ""
+        lines.append(
+            [stage, layout_text(layout) if layout else "", tokens, f"{manifest.duration_seconds:.1f}"]
+        )
+    return _table(["stage", "layout", "training tokens", "seconds"], lines)
+
+
+def layout_text(layout: Layout) -> str:
+    """A layout in the field's abbreviations, such as ``TP=2 + SP``."""
+    sizes = {
+        "TP": layout.tensor_model_parallel_size,
+        "PP": layout.pipeline_model_parallel_size,
+        "DP": layout.data_parallel_size,
+        "EP": layout.expert_model_parallel_size,
+    }
+    parts = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+    parts += ["SP"] if layout.sequence_parallel else []
+    parts += ["distributed optimizer"] if layout.use_distributed_optimizer else []
+    return " + ".join(parts) or "one process"
+
+
+def environment_text(manifest: Manifest) -> str:
+    """Versions and commit of the evaluation, and the machine that writes the report."""
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    commit = f"code at commit `{manifest.code_commit}`" if manifest.code_commit else "code outside git"
+    return f"Versions: {versions}; {commit}. The report was written on {machine_text()}."
+
+
+def machine_text() -> str:
+    """Cores, processor and NVIDIA GPUs of this machine, as Linux tells them."""
+    name = _first_value(Path("/proc/cpuinfo"), "model name") or platform.machine()
+    devices = Path("/proc/driver/nvidia/gpus").glob("*/information")
+    gpus = [_first_value(path, "Model") or "an NVIDIA GPU" for path in sorted(devices)]
+    cores = len(os.sched_getaffinity(0))
+    return ", ".join([f"{cores} core{'s' if cores > 1 else ''} of {name}", *gpus])
+
+
+def _first_value(path: Path, key: str) -> str | None:
+    """The first ``key : value`` of a /proc file."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    return None
+
+
+def _compare(ours: float, theirs: float, other: str) -> str:
+    if round(ours, 3) == round(theirs, 3):
+        return f"equal to {other} (to three digits)"
+    return f"{abs(ours - theirs):.3f} nats {'better' if ours < theirs else 'worse'} than {other}"
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    aligned = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, aligned, *lines])

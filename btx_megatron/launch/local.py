@@ -1,0 +1,293 @@
+"""The pipeline on this machine: each stage in processes of its own, side by side as far as it allows.
+
+Every training stage is its own torchrun, so that nothing of one expert (memory, threads, a crash, its
+parallel layout) reaches another. A stage that fails stops what needs it and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import btx_megatron
+from btx_megatron.errors import StageFailed, Stopped, UserError
+from btx_megatron.launch.display import Display, make_display
+from btx_megatron.launch.job import JOB_FILE, LAUNCH_FILES, LOG_FILE, PASSING_FILES, Job, read_job, write_job
+from btx_megatron.launch.machine import Machine, this_machine
+from btx_megatron.manifest import make_manifest
+from btx_megatron.pipeline import PipelineStage, input_fingerprints, stages_of, stages_to_run
+from btx_megatron.recipe import Layout, Recipe, recipe_to_dict
+from btx_megatron.recipe_checks import check_machine
+from btx_megatron.run_folder import RunFolder
+from btx_megatron.runtime.outcome import Outcome
+from btx_megatron.runtime.progress import read_progress
+from btx_megatron.runtime.supervisor import Command, Supervisor
+
+WORKER = ("-m", "btx_megatron.launch.worker")
+
+_SECONDS_BETWEEN_POLLS = 0.1
+
+
+def run_pipeline(recipe: Recipe, worker: tuple[str, ...] = WORKER) -> None:
+    """Run all stages that are not finished, in the recipe's run folder.
+
+    Raises UserError, StageFailed (after everything that could go on has), or Stopped.
+    """
+    _run(recipe, {"report"}, alone=False, again=False, worker=worker)
+
+
+def run_stages(
+    recipe: Recipe, names: Collection[str], again: bool = False, worker: tuple[str, ...] = WORKER
+) -> None:
+    """Run the named stages alone, where they are not finished (``again``: even if). Raises as run_pipeline.
+
+    A stage whose inputs are not finished is refused.
+    """
+    _run(recipe, names, alone=True, again=again, worker=worker)
+
+
+def _run(recipe: Recipe, targets: Collection[str], alone: bool, again: bool, worker: tuple[str, ...]) -> None:
+    run, machine = RunFolder(recipe.run_folder), this_machine()
+    with run.open(recipe), Supervisor() as supervisor:
+        stages = stages_to_run(stages_of(recipe), run, targets)
+        if alone:
+            stages = _alone(stages_of(recipe) if again else stages, run, targets)
+        if stages:
+            check_machine(recipe)
+            machine.check(stages)
+        with make_display() as display:
+            if not stages:
+                display.say(f"nothing to do: finished already, in {run.path}")
+            _LocalRun(recipe, run, machine, supervisor, display, worker).work_off(stages)
+
+
+def _alone(stages: list[PipelineStage], run: RunFolder, targets: Collection[str]) -> list[PipelineStage]:
+    chosen = [stage for stage in stages if stage.name in targets]
+    for stage in chosen:
+        input_fingerprints(stage, run)  # refuses what lacks an input
+    return chosen
+
+
+class _LocalRun:
+    """Starts stages as their inputs and the machine allow, and publishes those that end well."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        machine: Machine,
+        supervisor: Supervisor,
+        display: Display,
+        worker: tuple[str, ...],
+    ) -> None:
+        self.recipe, self.run, self.machine = recipe, run, machine
+        self.supervisor, self.display, self.worker = supervisor, display, worker
+        self.waiting: list[PipelineStage] = []
+        self.jobs: dict[str, Job] = {}
+        self.ports: dict[str, int] = {}
+        self.cores_used: dict[str, int] = {}
+        self.gpus_used: dict[str, tuple[str, ...]] = {}
+        self.bad_ends: dict[str, Outcome] = {}
+
+    def work_off(self, stages: list[PipelineStage]) -> None:
+        """Run the stages; returns when none is left, raises what run_pipeline says."""
+        self.waiting = list(stages)
+        while True:
+            for name, (outcome, seconds) in self.supervisor.poll().items():
+                self._end(name, outcome, seconds)
+            if not self.supervisor.stop_signal:
+                self._start_what_fits()
+            if not self.supervisor.running:
+                break
+            self._show_progress()
+            time.sleep(_SECONDS_BETWEEN_POLLS)
+        self._raise_bad_end()
+
+    # starting
+
+    def _start_what_fits(self) -> None:
+        chosen: list[PipelineStage] = []
+        for stage in self.waiting:
+            if self._has_inputs(stage) and self._fits(stage, chosen):
+                chosen.append(stage)
+        threads = self._threads(chosen)
+        for stage in chosen:
+            self.waiting.remove(stage)
+            self._start(stage, threads)
+
+    def _has_inputs(self, stage: PipelineStage) -> bool:
+        return all(self.run.manifest(name) for name in stage.inputs)
+
+    def _fits(self, stage: PipelineStage, chosen: list[PipelineStage]) -> bool:
+        names = [*self.supervisor.running, *(other.name for other in chosen)]
+        if not names:
+            return True  # a stage of more ranks than cores runs too, alone
+        limit = self.recipe.launch.max_parallel_experts
+        experts = sum(name.startswith("expert:") for name in names)
+        if stage.name.startswith("expert:") and limit and experts >= limit:
+            return False
+        cores = self._free_cores() - sum(self._least_cores(other) for other in chosen)
+        gpus = len(self._free_gpus()) - sum(self.machine.gpus_of(other) for other in chosen)
+        return self._least_cores(stage) <= cores and self.machine.gpus_of(stage) <= gpus
+
+    def _least_cores(self, stage: PipelineStage) -> int:
+        return stage.ranks * max(1, self.recipe.launch.threads_per_rank)
+
+    def _free_cores(self) -> int:
+        return self.machine.cores - sum(self.cores_used.values())
+
+    def _free_gpus(self) -> list[str]:
+        used = {gpu for gpus in self.gpus_used.values() for gpu in gpus}
+        return [gpu for gpu in self.machine.gpus if gpu not in used]
+
+    def _threads(self, chosen: list[PipelineStage]) -> int:
+        """CPU threads of a rank: as the recipe says, or the free cores shared out over the new ranks."""
+        ranks = max(1, sum(stage.ranks for stage in chosen))
+        return self.recipe.launch.threads_per_rank or max(1, self._free_cores() // ranks)
+
+    def _start(self, stage: PipelineStage, threads: int) -> None:
+        gpus = tuple(self._free_gpus()[: self.machine.gpus_of(stage)])
+        job = self._prepare_work(stage)
+        self.jobs[stage.name] = job
+        self.cores_used[stage.name] = stage.ranks * threads
+        self.gpus_used[stage.name] = gpus
+        command = Command(
+            arguments=self._arguments(stage, write_job(job)),
+            environment=_environment(threads, gpus),
+            work_folder=job.work_folder,
+            log=job.work_folder / LOG_FILE,
+            can_stop=stage.task == "train",
+        )
+        self.display.start(stage.name, _detail(self.recipe, stage))
+        self.supervisor.start(stage.name, command)
+
+    def _prepare_work(self, stage: PipelineStage) -> Job:
+        """Make the work folder, or take the one of an attempt before: training goes on, the rest anew."""
+        work = self.run.work(stage.name)
+        work.mkdir(parents=True, exist_ok=True)
+        inputs = input_fingerprints(stage, self.run)
+        if stage.task != "train":
+            _empty(work)
+        elif (work / JOB_FILE).exists() and read_job(work / JOB_FILE).inputs != inputs:
+            raise UserError(
+                f"{work} was begun from another {', '.join(stage.inputs)} than lies in {self.run.path} now; "
+                "delete it to begin anew"
+            )
+        return Job(stage.task, stage.name, self.recipe, self.run.path, work, inputs)
+
+    def _arguments(self, stage: PipelineStage, job_file: Path) -> list[str]:
+        if stage.task not in ("train", "evaluate"):
+            return [sys.executable, *self.worker, str(job_file)]
+        port = self.ports[stage.name] = _free_port(set(self.ports.values()))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(stage.ranks)]
+        torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        return [*torchrun, *self.worker, str(job_file)]
+
+    # watching and ending
+
+    def _show_progress(self) -> None:
+        for name, command in self.supervisor.running.items():
+            record = read_progress(command.work_folder)
+            if record:
+                self.display.progress(name, record)
+
+    def _end(self, name: str, outcome: Outcome, seconds: float) -> None:
+        job = self.jobs.pop(name)
+        for held in (self.cores_used, self.gpus_used, self.ports):
+            held.pop(name, None)  # type: ignore[attr-defined]
+        record = read_progress(job.work_folder)
+        if record:
+            self.display.progress(name, record)
+        if outcome.kind == "done":
+            self._publish(job, outcome.result, seconds)
+        else:
+            self.bad_ends[name] = outcome
+        self.display.end(name, outcome, seconds)
+
+    def _publish(self, job: Job, result: dict[str, Any], seconds: float) -> None:
+        for name in PASSING_FILES:
+            (job.work_folder / name).unlink(missing_ok=True)
+        manifest = make_manifest(
+            stage=job.stage,
+            recipe=recipe_to_dict(job.recipe),
+            inputs=job.inputs,
+            outputs=result["outputs"],
+            tokens=result.get("tokens"),
+            duration_seconds=seconds,
+        )
+        self.run.publish(manifest)
+
+    def _raise_bad_end(self) -> None:
+        failed = {name: end for name, end in self.bad_ends.items() if end.kind == "failed"}
+        mistakes = [end.message for end in self.bad_ends.values() if end.kind == "user_error"]
+        if failed:
+            lines = [
+                f"stage {name} failed: {end.message}; log: {self.run.work(name) / LOG_FILE}"
+                for name, end in failed.items()
+            ]
+            raise StageFailed("\n".join(lines + mistakes))
+        if mistakes:
+            raise UserError("\n".join(mistakes))
+        if self.bad_ends or self.waiting:
+            by = f" by {self.supervisor.stop_signal}" if self.supervisor.stop_signal else ""
+            how = "goes on from the last checkpoint" if self.supervisor.killed else "goes on where it was"
+            raise Stopped(f"stopped{by}; the same command {how}")
+
+
+def _empty(work: Path) -> None:
+    for path in work.iterdir():
+        if path.name in LAUNCH_FILES:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _environment(threads: int, gpus: tuple[str, ...]) -> dict[str, str]:
+    package_parent = str(Path(btx_megatron.__file__).parents[1])
+    paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(paths),  # the very code that runs here, installed or not
+        "PYTHONUNBUFFERED": "1",
+    }
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks up the host's name, which may not resolve
+    return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+
+
+def _free_port(taken: Collection[int]) -> int:
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in taken:
+            return port
+
+
+def _detail(recipe: Recipe, stage: PipelineStage) -> str:
+    if stage.task == "train":
+        return layout_text(recipe.stage(stage.name).layout)
+    return layout_text(recipe.evaluate.layout) if stage.task == "evaluate" else "1 process"
+
+
+def layout_text(layout: Layout) -> str:
+    """``TP2 SP``, ``DP2 EP2``, ``1 rank``, ...: the parts of a layout that are not the default."""
+    sizes = {
+        "TP": layout.tensor_model_parallel_size,
+        "PP": layout.pipeline_model_parallel_size,
+        "DP": layout.data_parallel_size,
+        "EP": layout.expert_model_parallel_size,
+        "ETP": layout.expert_tensor_parallel_size or 1,
+    }
+    parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+    parts += ["SP"] if layout.sequence_parallel else []
+    parts += ["distributed optimizer"] if layout.use_distributed_optimizer else []
+    return " ".join(parts) or "1 rank"

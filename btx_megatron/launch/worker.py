@@ -1,0 +1,131 @@
+"""One process of a stage: ``python -m btx_megatron.launch.worker WORK/job.json``.
+
+Under torchrun there is one a rank, else one alone. It does the job and writes how that ended into the
+work folder, where the supervisor reads it (runtime/outcome.py).
+
+This module is imported again, as ``__mp_main__``, by every process that a worker spawns (a checkpoint's
+writers, the tokenizing pool); so it imports nothing heavy and its last line is guarded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from btx_megatron.errors import Stopped
+from btx_megatron.launch.job import CHECKPOINTS, LAUNCH_FILES, Job, read_job
+from btx_megatron.pipeline import Task
+from btx_megatron.runtime.outcome import error_line, write_error, write_result, write_stopped
+from btx_megatron.runtime.parent import die_if_orphaned, die_with_parent
+from btx_megatron.runtime.progress import Progress
+
+die_with_parent()  # at import, for the processes that a worker spawns
+os.register_at_fork(after_in_child=die_with_parent)  # and for those that it forks
+
+
+def main() -> int:
+    """Do the job named on the command line; returns the exit code of this rank."""
+    die_if_orphaned()
+    job = read_job(Path(sys.argv[1]))
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        result = _TASKS[job.task](job)
+        if rank == 0:
+            result.setdefault("outputs", _hash_outputs(job.work_folder))
+            write_result(job.work_folder, result)
+    except Stopped:
+        if rank == 0:
+            write_stopped(job.work_folder)
+    except Exception as error:
+        write_error(job.work_folder, rank, *error_line(error))
+        raise  # the traceback belongs into the log
+    return 0
+
+
+def _train(job: Job) -> dict[str, Any]:
+    from btx_megatron.training.train import run_training
+
+    return run_training(job)
+
+
+def _evaluate(job: Job) -> dict[str, Any]:
+    from btx_megatron.evaluation.loss import run_evaluation
+
+    return run_evaluation(job)
+
+
+def _prepare(job: Job) -> dict[str, Any]:
+    from btx_megatron.data.prepare import prepare
+
+    prepare(job.recipe, job.work_folder, Progress(job.work_folder).update)
+    return {}
+
+
+def _mix(job: Job) -> dict[str, Any]:
+    from btx_megatron.mixing.mix import mix
+
+    mix(
+        _expert_checkpoints(job),
+        job.checkpoints,
+        router_std=job.recipe.mix.router_std,
+        random_seed=job.recipe.mix.random_seed,
+        topk=job.recipe.moe.moe_router_topk,
+        progress=Progress(job.work_folder),
+    )
+    return {}
+
+
+def _average(job: Job) -> dict[str, Any]:
+    from btx_megatron.mixing.mix import average
+
+    average(_expert_checkpoints(job), job.checkpoints, progress=Progress(job.work_folder))
+    return {}
+
+
+def _report(job: Job) -> dict[str, Any]:
+    from btx_megatron.evaluation.report import write_report
+
+    write_report(job.recipe, job.run_folder, job.work_folder)
+    return {}
+
+
+_TASKS: dict[Task, Callable[[Job], dict[str, Any]]] = {
+    "prepare": _prepare,
+    "train": _train,
+    "mix": _mix,
+    "average": _average,
+    "evaluate": _evaluate,
+    "report": _report,
+}
+
+
+def _expert_checkpoints(job: Job) -> dict[str, Path]:
+    """Checkpoint folder of each expert, in the order of the router's rows: the seed, if any, last."""
+    experts = {name: job.run_folder / "experts" / name for name in job.recipe.domain_names}
+    experts |= {name: job.run_folder / name for name in job.recipe.expert_names if name not in experts}
+    return {name: folder / CHECKPOINTS for name, folder in experts.items()}
+
+
+def _hash_outputs(work_folder: Path) -> dict[str, str]:
+    """SHA-256 of what the stage made: its checkpoints, or all files of a stage that saves none.
+
+    What lies beside checkpoints (losses, caches) is left out: it holds times, and is no stage's input.
+    """
+    checkpoints = work_folder / CHECKPOINTS
+    root = checkpoints if checkpoints.exists() else work_folder
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    names = [str(path.relative_to(work_folder)) for path in files]
+    return {name: _sha256(work_folder / name) for name in names if name not in LAUNCH_FILES}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Where everything of a run lies on disk, and how a stage's folder comes to be.
+
+    RUN/recipe.yaml            the resolved recipe, written first
+    RUN/data, seed, experts/NAME, mix, average, finetune, dense, evaluate, report
+                               finished stages, each with its manifest.json
+    RUN/.work/<the same>       stages that are under way
+    RUN/.lock                  held by the one ``btx`` that runs here
+
+A stage works below ``.work`` and is renamed into place once it is whole and on disk: no reader ever sees
+half a stage, and a rename on one file system either happens or does not.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from btx_megatron.errors import UserError
+from btx_megatron.manifest import MANIFEST_FILE, Manifest, manifest_text, read_manifest
+from btx_megatron.recipe import Recipe, parse_recipe, recipe_to_dict
+
+RECIPE_FILE = "recipe.yaml"
+LOCK_FILE = ".lock"
+
+_LOCK_PATIENCE_SECONDS = 1.0  # `btx status` holds the lock for a moment
+_FREE_KEYS = re.compile(
+    r"run_folder|launch\..*|data\.num_workers|.*\.(log_interval|save_interval|save_total_limit)"
+)
+
+
+def stage_folder(stage: str) -> Path:
+    """Where a stage lies, relative to the run folder."""
+    kind, _, domain = stage.partition(":")
+    if kind == "expert":
+        return Path("experts", domain)
+    return Path("data" if stage == "prepare" else stage)
+
+
+class RunFolder:
+    """One run on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+
+    def published(self, stage: str) -> Path:
+        """Folder of a finished stage."""
+        return self.path / stage_folder(stage)
+
+    def work(self, stage: str) -> Path:
+        """Folder of a stage under way."""
+        return self.path / ".work" / stage_folder(stage)
+
+    def manifest(self, stage: str) -> Manifest | None:
+        """Manifest of a finished stage; None where it is not finished."""
+        return read_manifest(self.published(stage))
+
+    @contextmanager
+    def open(self, recipe: Recipe) -> Iterator[None]:
+        """Work in this run, alone: make the folder where it is missing, lock it, check its recipe.
+
+        Raises UserError if the folder cannot be written or holds other things, if another ``btx`` works
+        in it, or (naming the first key that differs) if another recipe made it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._refuse_foreign_files()
+            lock = (self.path / LOCK_FILE).open("a")
+        except OSError as error:
+            raise UserError(
+                f"run_folder {self.path}: {error.strerror}; give a run_folder that can be written"
+            ) from None
+        with lock:  # the kernel lets go of it when the process ends, however it ends
+            self._wait_for_lock(lock.fileno())
+            self._claim(recipe)
+            yield
+
+    def _wait_for_lock(self, file: int) -> None:
+        deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
+        while not _try_lock(file, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{self.path}: another btx is running here; wait for it, or give another run_folder"
+                )
+            time.sleep(0.05)
+
+    def _claim(self, recipe: Recipe) -> None:
+        resolved = recipe_to_dict(recipe)
+        if not (self.path / RECIPE_FILE).exists():
+            text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+            write_durably(self.path / RECIPE_FILE, text)
+        difference = first_difference(recipe_to_dict(self.recipe()), resolved)
+        if difference:
+            key, there, here = difference
+            raise UserError(
+                f"{self.path} was made by another recipe: {key} is {there} there and {here} here; "
+                "set it back, or give another run_folder"
+            )
+
+    def is_locked(self) -> bool:
+        """True while a ``btx`` works in this run."""
+        try:
+            with (self.path / LOCK_FILE).open() as file:
+                return not _try_lock(file.fileno(), fcntl.LOCK_SH)
+        except FileNotFoundError:
+            return False
+
+    def recipe(self) -> Recipe:
+        """The recipe that made this run. Raises UserError if the folder is no run."""
+        path = self.path / RECIPE_FILE
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            recipe = parse_recipe(content, where=str(path))
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: not a run folder, it has no {RECIPE_FILE}") from None
+        except (yaml.YAMLError, UnicodeDecodeError):
+            raise UserError(f"{path}: broken; give another run_folder") from None
+        recipe.run_folder = str(self.path)  # the folder may have been moved
+        return recipe
+
+    def publish(self, manifest: Manifest) -> None:
+        """Turn a stage's work folder into the finished stage; an older result of it is replaced."""
+        work, target = self.work(manifest.stage), self.published(manifest.stage)
+        write_durably(work / MANIFEST_FILE, manifest_text(manifest))
+        _sync_tree(work)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replaced = work.with_name(f".{work.name}.replaced")
+        if target.exists():
+            os.rename(target, replaced)
+        os.rename(work, target)
+        _sync(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _refuse_foreign_files(self) -> None:
+        names = {entry.name for entry in self.path.iterdir()}
+        foreign = sorted(names - {LOCK_FILE})
+        if foreign and RECIPE_FILE not in names:
+            raise UserError(
+                f"run_folder {self.path} is not empty ({foreign[0]}) and no run of btx; "
+                "give an empty or new run_folder"
+            )
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """First key, with both values, in which two resolved recipes differ so that results may differ."""
+    old_values, new_values = dict(_flatten(old)), dict(_flatten(new))
+    for key in new_values | old_values:
+        there, here = old_values.get(key, "absent"), new_values.get(key, "absent")
+        if there != here and not _FREE_KEYS.fullmatch(key):
+            return key, there, here
+    return None
+
+
+def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a tree of plain values, as ``a.b[0].c``; an empty list or mapping is a leaf."""
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from _flatten(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and value:
+        for index, item in enumerate(value):
+            yield from _flatten(item, f"{key}[{index}]")
+    else:
+        yield key, value
+
+
+def _try_lock(file: int, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file so that after a crash it is whole or the one before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _sync(Path(root, name))
+        _sync(Path(root))

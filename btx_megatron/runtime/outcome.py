@@ -1,0 +1,93 @@
+"""How a stage ended, as its worker says: one file in the work folder.
+
+torchrun's exit code does not tell a wrong corpus from a crash (every failure of a rank becomes 1), so the
+ranks write what happened and the supervisor believes the files: ``result.json`` (done), ``stopped.json``
+(saved after a request to stop), ``error-RANK.json`` (the exception). None of them: the worker was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from btx_megatron.errors import EXIT_FAILURE, EXIT_USER_ERROR, StageFailed, UserError
+
+RESULT_FILE = "result.json"
+STOPPED_FILE = "stopped.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended."""
+
+    kind: Literal["done", "stopped", "failed", "user_error"]
+    message: str = ""
+    """One line; empty when done."""
+    result: dict[str, Any] = field(default_factory=dict)
+    """What the worker returned, when done."""
+
+
+def write_result(work_folder: Path, result: dict[str, Any]) -> None:
+    """The stage is done; rank 0 alone writes this."""
+    _write(work_folder / RESULT_FILE, result)
+
+
+def write_stopped(work_folder: Path) -> None:
+    """The stage saved what it needs to go on; rank 0 alone writes this."""
+    _write(work_folder / STOPPED_FILE, {})
+
+
+def write_error(work_folder: Path, rank: int, exit_code: int, message: str) -> None:
+    """A rank failed; each rank has a file of its own, so that none waits for or overwrites another."""
+    content = {"exit_code": exit_code, "message": message, "rank": rank, "time": time.time()}
+    _write(work_folder / f"error-{rank}.json", content)
+
+
+def clear_outcome(work_folder: Path) -> None:
+    """Forget how an earlier attempt ended."""
+    for path in _outcome_files(work_folder):
+        path.unlink()
+
+
+def read_outcome(work_folder: Path) -> Outcome | None:
+    """How the stage ended, or None if its worker left no word."""
+    errors = [json.loads(path.read_text()) for path in work_folder.glob("error-*.json")]
+    if errors:
+        return _first_cause(errors)
+    if (work_folder / RESULT_FILE).exists():
+        return Outcome("done", result=json.loads((work_folder / RESULT_FILE).read_text()))
+    return Outcome("stopped") if (work_folder / STOPPED_FILE).exists() else None
+
+
+def error_line(error: BaseException) -> tuple[int, str]:
+    """Exit code and the one line that says what an exception is."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError | StageFailed):
+        return error.exit_code, text
+    return EXIT_FAILURE, f"{type(error).__name__}: {text}"
+
+
+def _first_cause(errors: list[dict[str, Any]]) -> Outcome:
+    """A user's mistake, of the lowest rank that saw it; else the earliest failure.
+
+    When one rank fails the others fail soon after, with "connection closed" and the like.
+    """
+    mistakes = [error for error in errors if error["exit_code"] == EXIT_USER_ERROR]
+    if mistakes:
+        return Outcome("user_error", min(mistakes, key=lambda error: error["rank"])["message"])
+    return Outcome("failed", min(errors, key=lambda error: error["time"])["message"])
+
+
+def _outcome_files(work_folder: Path) -> list[Path]:
+    fixed = [work_folder / RESULT_FILE, work_folder / STOPPED_FILE]
+    return [path for path in fixed if path.exists()] + list(work_folder.glob("error-*.json"))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, path)

@@ -1,0 +1,49 @@
+"""How long a stage has worked, over all its attempts.
+
+The sum lies in the work folder and is written every few seconds, because an attempt may end by SIGKILL,
+which leaves no time to write anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+DURATION_FILE = "duration.json"
+_SECONDS_BETWEEN_WRITES = 2.0
+
+
+class Stopwatch:
+    """Runs from its making; goes on from the attempts before."""
+
+    def __init__(self, work_folder: Path) -> None:
+        self._path = work_folder / DURATION_FILE
+        self._before = read_duration(work_folder)
+        self._start = self._written = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all attempts so far."""
+        return self._before + time.monotonic() - self._start
+
+    def tick(self) -> None:
+        """Write the sum down, if the last writing is long enough ago."""
+        if time.monotonic() - self._written >= _SECONDS_BETWEEN_WRITES:
+            self.save()
+
+    def save(self) -> None:
+        """Write the sum down now."""
+        self._written = time.monotonic()
+        temporary = self._path.with_name(f".{DURATION_FILE}.tmp")
+        temporary.write_text(json.dumps(self.seconds))
+        os.replace(temporary, self._path)
+
+
+def read_duration(work_folder: Path) -> float:
+    """Seconds of the attempts so far; 0 where there was none."""
+    try:
+        return float(json.loads((work_folder / DURATION_FILE).read_text()))
+    except FileNotFoundError:
+        return 0.0

@@ -1,0 +1,19 @@
+"""Marks by folder: what lies in tests/gpu needs a CUDA device, what lies in tests/slurm a Slurm cluster.
+
+The marks themselves are registered in pyproject.toml, which also leaves them out by default.
+"""
+
+from pathlib import Path
+
+import pytest
+
+_MARKED_FOLDERS = ("gpu", "slurm")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        room = item.path.relative_to(here).parts[0]
+        if room in _MARKED_FOLDERS:
+            item.add_marker(room)

@@ -1,0 +1,215 @@
+"""The report of a hand-made run: numbers against arithmetic done here, pictures, and honest sentences."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from btx_megatron.errors import UserError
+from btx_megatron.evaluation.page import layout_text, verdict
+from btx_megatron.evaluation.pictures import curve_starts, draw_routing, running_mean
+from btx_megatron.evaluation.report import rows_table, write_report
+from btx_megatron.manifest import make_manifest, manifest_text
+from btx_megatron.recipe import Layout, Recipe, parse_recipe, recipe_to_dict
+from btx_megatron.run_folder import stage_folder
+
+LOSSES = {
+    "seed": [4.0, 4.5, 5.0],
+    "expert:prose": [3.5, 5.0, 5.6],
+    "expert:code": [4.9, 3.0, 4.7],
+    "expert:math": [4.8, 4.6, 3.2],
+    "average": [4.2, 4.1, 4.3],
+    "merged": [4.1, 4.0, 4.2],
+    "dense": [3.7, 3.3, 3.5],
+    "btx": [3.6, 3.1, 3.5],
+}
+DOMAINS = ["prose", "code", "math"]
+TOKENS = {
+    "seed": 500,
+    "expert:prose": 100,
+    "expert:code": 200,
+    "expert:math": 300,
+    "finetune": 50,
+    "dense": 651,
+}
+SECONDS = {"prepare": 3.5, "seed": 60.0, "mix": 1.25, "average": 1.0, "evaluate": 9.0}
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    domains = [{"name": name, "sources": [{"path": "x"}]} for name in DOMAINS]
+    # small numbers, so that the parameters can be counted by hand
+    model = {"num_layers": 2, "hidden_size": 4, "ffn_hidden_size": 8, "num_attention_heads": 2}
+    experts = {"prose": {"layout": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}}
+    stages = {"experts": experts}
+    tree = {"data": {"domains": domains}, "tokenizer": {"vocab_size": 10}, "model": model, "stages": stages}
+    return parse_recipe(tree)
+
+
+@pytest.fixture
+def run(tmp_path: Path, recipe: Recipe) -> Path:
+    """A run folder as the stages leave it."""
+    stages = ["prepare", *TOKENS, "mix", "average", "evaluate"]
+    for stage in stages:
+        folder = tmp_path / "run" / stage_folder(stage)
+        folder.mkdir(parents=True)
+        seconds = SECONDS.get(stage, 30.0)
+        manifest = make_manifest(stage, recipe_to_dict(recipe), {}, {}, TOKENS.get(stage), seconds)
+        (folder / "manifest.json").write_text(manifest_text(manifest))
+        if stage in TOKENS:
+            write_losses(folder / "losses.jsonl", TOKENS[stage])
+    (tmp_path / "run" / "evaluate" / "evaluation.json").write_text(json.dumps(evaluation()))
+    return tmp_path / "run"
+
+
+def write_losses(path: Path, tokens: int) -> None:
+    steps = [{"step": s, "tokens": tokens * s // 5, "lm_loss": 6 - 0.4 * s} for s in range(1, 6)]
+    path.write_text("".join(json.dumps(step) + "\n" for step in steps))
+
+
+def evaluation() -> dict[str, Any]:
+    share = [[[0.7, 0.1, 0.1, 0.1]] * 2, [[0.1, 0.6, 0.2, 0.1]] * 2, [[0.2, 0.2, 0.5, 0.1]] * 2]
+    return {
+        "held_out_loss": {row: dict(zip(DOMAINS, values, strict=True)) for row, values in LOSSES.items()},
+        "held_out_tokens": {"prose": 1000, "code": 1100, "math": 1200},
+        "routing": {"share": share, "domains": DOMAINS, "experts": [*DOMAINS, "seed"]},
+    }
+
+
+def test_summary_equals_arithmetic(recipe: Recipe, run: Path, tmp_path: Path) -> None:
+    returned = write_report(recipe, run, tmp_path / "report")
+    summary = json.loads((tmp_path / "report" / "summary.json").read_text())
+    assert summary == returned
+    assert list(summary) == ["held_out_loss", "tokens", "stage_seconds", "parameters"]
+    assert list(summary["held_out_loss"]) == list(LOSSES)
+    assert list(summary["held_out_loss"]["btx"]) == [*DOMAINS, "mean"]
+    assert summary["held_out_loss"]["expert:math"] == pytest.approx(
+        {"prose": 4.8, "code": 4.6, "math": 3.2, "mean": 4.2}
+    )
+    assert summary["tokens"] == {
+        "seed": 0,
+        "expert:prose": 100,
+        "expert:code": 200,
+        "expert:math": 300,
+        "average": 600,
+        "merged": 600,
+        "dense": 651,
+        "btx": 650,
+    }
+    assert summary["stage_seconds"]["mix"] == 1.25
+    assert set(summary["stage_seconds"]) == {"prepare", *TOKENS, "mix", "average", "evaluate"}
+    # embeddings and head 2*10*4; a layer: attention 4*4*4, norms 2*4; final norm 4; SwiGLU 3*4*8 a layer
+    shared, feed_forward, router = 80 + 2 * (64 + 8) + 4, 2 * 96, 2 * 4 * 4
+    assert summary["parameters"] == {
+        "dense": shared + feed_forward,
+        "moe_total": shared + 4 * feed_forward + router,
+        "moe_active": shared + 2 * feed_forward + router,
+    }
+
+
+def test_pictures_are_real_pngs(recipe: Recipe, run: Path, tmp_path: Path) -> None:
+    write_report(recipe, run, tmp_path / "report")
+    for name in ("losses.png", "routing.png"):
+        content = (tmp_path / "report" / name).read_bytes()
+        width, height = struct.unpack(">II", content[16:24])
+        assert content.startswith(b"\x89PNG\r\n\x1a\n")
+        assert width > 600
+        assert height > 300
+        assert len(content) > 10_000, f"{name} is almost empty"
+
+
+def test_page_holds_table_and_verdict(recipe: Recipe, run: Path, tmp_path: Path) -> None:
+    write_report(recipe, run, tmp_path / "report")
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "| `btx` | 3.600 | 3.100 | 3.500 | **3.400** | 650 |" in page
+    assert "| `expert:prose` | **3.500** | 5.000 | 5.600 | 4.700 | 100 |" in page
+    assert "- 0.100 nats better than `dense`" in page
+    assert "- 1.300 nats better than `expert:prose`; on its own domain, 0.100 nats worse than it." in page
+    assert "| expert:prose | TP=2 + SP | 100 | 30.0 |" in page
+    assert "prose goes most to the expert prose (70%)" in page
+    assert str(tmp_path) not in page
+
+
+def test_a_defeat_is_called_one(recipe: Recipe, run: Path, tmp_path: Path) -> None:
+    summary = write_report(recipe, run, tmp_path / "report")
+    summary["held_out_loss"]["dense"]["mean"] = 3.0
+    summary["held_out_loss"]["average"]["mean"] = summary["held_out_loss"]["btx"]["mean"]
+    lines = verdict(summary).splitlines()
+    assert any(line.startswith("- 0.400 nats worse than `dense`") for line in lines)
+    assert "- equal to `average` (to three digits)." in lines
+
+
+def test_no_baseline_no_row(recipe: Recipe, run: Path, tmp_path: Path) -> None:
+    recipe.baselines = []
+    summary = write_report(recipe, run, tmp_path / "report")
+    assert "dense" not in summary["held_out_loss"].keys() | summary["tokens"].keys()
+
+
+def remove_manifest(run: Path) -> None:
+    (run / "finetune" / "manifest.json").unlink()
+
+
+def remove_evaluation(run: Path) -> None:
+    (run / "evaluate" / "evaluation.json").unlink()
+
+
+def remove_row(run: Path) -> None:
+    content = evaluation()
+    del content["held_out_loss"]["merged"]
+    (run / "evaluate" / "evaluation.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [(remove_manifest, "'finetune'"), (remove_evaluation, "evaluation.json"), (remove_row, "'merged'")],
+)
+def test_what_is_missing_is_named(
+    recipe: Recipe, run: Path, tmp_path: Path, damage: Callable[[Path], None], named: str
+) -> None:
+    damage(run)
+    with pytest.raises(UserError, match=named):
+        write_report(recipe, run, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_table_for_the_terminal(recipe: Recipe, run: Path, tmp_path: Path) -> None:
+    console = Console(width=100, record=True, file=(tmp_path / "out").open("w"))
+    console.print(rows_table(write_report(recipe, run, tmp_path / "report")))
+    text = console.export_text()
+    positions = [text.index(f" {row} ") for row in LOSSES]
+    assert positions == sorted(positions)
+    assert "3.400" in text
+
+
+def test_stages_follow_each_other_on_the_token_axis() -> None:
+    tokens = {"seed": 500, "expert:a": 100, "expert:b": 200, "finetune": 50, "dense": 350}
+    starts = curve_starts({stage: [(1, 9.0), (count, 8.0)] for stage, count in tokens.items()})
+    assert starts == {"seed": 0, "expert:a": 500, "expert:b": 600, "finetune": 800, "dense": 500}
+
+
+def test_running_mean_is_a_mean() -> None:
+    import numpy as np
+
+    values = np.arange(90.0)  # window 3
+    smooth = running_mean(values)
+    assert smooth[:2].tolist() == [0.0, 0.5]
+    assert smooth[50] == pytest.approx((48 + 49 + 50) / 3)
+
+
+def test_a_large_model_can_be_drawn(tmp_path: Path) -> None:
+    share = [[[1 / 9] * 9] * 48] * 8
+    names = [f"d{i}" for i in range(8)]
+    draw_routing({"share": share, "domains": names, "experts": [*names, "seed"]}, tmp_path / "r.png")
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+
+
+def test_layout_in_the_fields_words() -> None:
+    assert layout_text(Layout()) == "one process"
+    both = Layout(data_parallel_size=2, expert_model_parallel_size=2, use_distributed_optimizer=True)
+    assert layout_text(both) == "DP=2 + EP=2 + distributed optimizer"

@@ -1,0 +1,68 @@
+"""Layouts against one process, resume against the uninterrupted run: the real Megatron code, on gloo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layout_worker import LAYOUTS, STEPS, gates_of
+from torchrun import torchrun
+
+NAMES = [f"{kind} {name}" for kind, layouts in LAYOUTS.items() for name in layouts]
+BIT_FOR_BIT = (
+    "dense DP2+distributed, dropout",
+    "dense TP2+SP, dropout",
+    "dense DP2+distributed, bf16",
+    "dense PP2, bf16",
+    "moe EP2+distributed",
+    "moe EP2, bf16",
+)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder: Path = tmp_path_factory.mktemp("layouts")
+    torchrun("layout_worker.py", 1, folder)
+    torchrun("layout_worker.py", 2, folder)
+    one, two = (json.loads((folder / f"result-{world}.json").read_text()) for world in (1, 2))
+    return one | two
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layout_agrees_with_one_process(result: dict[str, Any], name: str) -> None:
+    reference = result[f"{name.split()[0]} 1 process"]
+    assert len(result[name]["loss"]) == STEPS
+    assert result[name]["loss"] == pytest.approx(reference["loss"], abs=1e-5)
+    assert result[name]["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_the_model_learns(result: dict[str, Any], kind: str) -> None:
+    losses = result[f"{kind} 1 process"]["loss"]
+    assert losses[-1] < losses[0] - 2
+
+
+@pytest.mark.parametrize("name", BIT_FOR_BIT)
+def test_resume_on_the_same_layout_is_bit_for_bit(result: dict[str, Any], name: str) -> None:
+    case = result["resumes"][name]
+    assert case["resumed"] == case["whole"]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_resume_on_another_layout(result: dict[str, Any], number: int) -> None:
+    whole = result["dense 1 process"]["loss"][STEPS // 2 :]
+    assert result["resumes"][f"reshard {number}"] == pytest.approx(whole, abs=1e-5)
+
+
+def test_balancing_gradient_does_not_depend_on_sequence_shards(result: dict[str, Any]) -> None:
+    """Against the paper's equation in plain torch: N * sum_i mean(g_i) * mean(softmax_i)."""
+    sharded = result["balancing"]
+    logits = torch.tensor(sharded["logits"], requires_grad=True)
+    whole = logits.shape[1] * (gates_of(logits).mean(0) * logits.softmax(-1).mean(0)).sum()
+    whole.backward()
+    assert logits.grad is not None
+    assert sharded["value"] == pytest.approx(whole.item(), rel=1e-6)
+    torch.testing.assert_close(torch.tensor(sharded["gradient"]), logits.grad, rtol=1e-4, atol=1e-8)
