@@ -13,7 +13,6 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +108,8 @@ def fingerprint(stage: str, inputs: dict[str, str], outputs: dict[str, Any]) -> 
 
 
 def _versions() -> dict[str, str]:
+    from importlib import metadata  # slow to import, and reading a manifest does not need it
+
     versions = {"python": platform.python_version(), "btx_megatron": btx_megatron.__version__}
     for key, package in (("torch", "torch"), ("megatron_core", "megatron-core")):
         try:

@@ -48,12 +48,9 @@ def stages_of(recipe: Recipe) -> list[PipelineStage]:
         _train(recipe, "finetune", "prepare", "mix"),
         *(_train(recipe, baseline, "prepare", "seed") for baseline in recipe.baselines),
     ]
-    for name, task, ranks in (
-        ("evaluate", "evaluate", recipe.evaluate.layout.world_size),
-        ("report", "report", 1),
-    ):
-        stages.append(PipelineStage(name, task, tuple(stage.name for stage in stages), ranks))
-    return stages
+    rows = tuple(stage.name for stage in stages)
+    evaluate = PipelineStage("evaluate", "evaluate", rows, recipe.evaluate.layout.world_size)
+    return [*stages, evaluate, PipelineStage("report", "report", (*rows, "evaluate"))]
 
 
 def _train(recipe: Recipe, name: str, *inputs: str) -> PipelineStage:

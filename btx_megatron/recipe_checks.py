@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from btx_megatron.errors import UserError
 from btx_megatron.estimate import dense_train_iters
-from btx_megatron.recipe import SEED, Data, Layout, Model, Recipe, Training
+from btx_megatron.recipe import SEED, Data, Layout, Model, Recipe, Source, Training
 
 RESERVED_NAMES = (SEED, "mean")
 """``seed`` names an expert of its own, ``mean`` a column of the report."""
@@ -101,7 +101,7 @@ def _data_problems(data: Data) -> Iterator[str]:
     yield from _at_least("data", data, 0, ("random_seed", "num_workers"))
 
 
-def _source_problems(where: str, sources: Sequence) -> Iterator[str]:
+def _source_problems(where: str, sources: Sequence[Source]) -> Iterator[str]:
     if not sources:
         yield f"{where} is empty; give at least one source with a path"
     yield from _name_problems(where, [source.name for source in sources])

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from btx_megatron.data.indexed import IndexedTokens
+from btx_megatron.data.indexed import IndexedTokens, Tokens
 from btx_megatron.data.prepare import read_statistics, token_prefix
 from btx_megatron.errors import UserError
 
@@ -37,10 +37,10 @@ def held_out_windows(
     return stream_windows(_stream([IndexedTokens(prefix) for prefix in prefixes], max_tokens), seq_length)
 
 
-def stream_windows(stream: NDArray[np.int64], seq_length: int) -> Iterator[Window]:
+def stream_windows(stream: Tokens, seq_length: int) -> Iterator[Window]:
     """Cut a stream of n + 1 tokens into ceil(n / seq_length) windows that predict n tokens."""
     for start in range(0, len(stream) - 1, seq_length):
-        tokens = stream[start : start + seq_length + 1]
+        tokens = stream[start : start + seq_length + 1].astype(np.int64)
         missing = seq_length + 1 - len(tokens)
         mask = np.ones(seq_length, dtype=np.float32)
         mask[seq_length - missing :] = 0.0
@@ -48,12 +48,12 @@ def stream_windows(stream: NDArray[np.int64], seq_length: int) -> Iterator[Windo
         yield padded[:-1], padded[1:], mask
 
 
-def _stream(sources: list[IndexedTokens], max_tokens: int | None) -> NDArray[np.int64]:
+def _stream(sources: list[IndexedTokens], max_tokens: int | None) -> Tokens:
     totals = [source.total_tokens for source in sources]
     count = sum(totals) if max_tokens is None else min(sum(totals), max_tokens + 1)
     shares = proportional(count, totals)
     parts = [source.first(share) for source, share in zip(sources, shares, strict=True)]
-    return np.concatenate(parts).astype(np.int64)
+    return np.concatenate(parts)
 
 
 def proportional(count: int, totals: list[int]) -> list[int]:

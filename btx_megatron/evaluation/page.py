@@ -23,8 +23,8 @@ def render_page(
     held_out = ", ".join(f"{name} {count:,}" for name, count in evaluation["held_out_tokens"].items())
     sections = [
         f"# Branch-Train-MiX: {recipe.name}",
-        f"Run finished {manifests['evaluate'].created[:10]}, report written {datetime.now(UTC):%Y-%m-%d} (UTC). "
-        "One run with one random seed: there are no error bars.",
+        f"Run finished {manifests['evaluate'].created[:10]}, report written {datetime.now(UTC):%Y-%m-%d} "
+        "(UTC). One run with one random seed: there are no error bars.",
         "## Held-out loss",
         f"Nats a token, every held-out token counted once ({held_out} tokens). `mean` is the plain mean over "
         "the domains, *training tokens* what was spent on the model beyond the seed. The best of each column "
@@ -91,7 +91,8 @@ def routing_text(routing: dict[str, Any]) -> str:
         means = [sum(shares) / len(layers) for shares in zip(*layers, strict=True)]
         top = max(range(len(experts)), key=means.__getitem__)
         parts.append(f"{domain} goes most to the expert {experts[top]} ({means[top]:.0%})")
-    return f"Share of the routes, mean over the layers: {'; '.join(parts)}. Even would be {1 / len(experts):.0%}."
+    even = f"Even would be {1 / len(experts):.0%}."
+    return f"Share of the routes, mean over the layers: {'; '.join(parts)}. {even}"
 
 
 def model_text(recipe: Recipe, parameters: dict[str, int]) -> str:
@@ -119,7 +120,7 @@ def stage_table(recipe: Recipe, manifests: dict[str, Manifest]) -> str:
         lines.append(
             [stage, layout_text(layout) if layout else "", tokens, f"{manifest.duration_seconds:.1f}"]
         )
-    return _table(["stage", "layout", "training tokens", "seconds"], lines)
+    return _table(["stage", "layout", "training tokens", "seconds"], lines, texts=2)
 
 
 def layout_text(layout: Layout) -> str:
@@ -168,6 +169,7 @@ def _compare(ours: float, theirs: float, other: str) -> str:
     return f"{abs(ours - theirs):.3f} nats {'better' if ours < theirs else 'worse'} than {other}"
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
-    aligned = ["---", *["---:"] * (len(head) - 1)]
+def _table(head: list[str], lines: list[list[str]], texts: int = 1) -> str:
+    """A Markdown table whose first ``texts`` columns are text and the others numbers."""
+    aligned = ["---"] * texts + ["---:"] * (len(head) - texts)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, aligned, *lines])

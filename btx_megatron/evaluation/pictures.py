@@ -16,15 +16,16 @@ from matplotlib.figure import Figure  # not pyplot: it would look for a screen
 
 Curve = list[tuple[int, float]]
 
+_DOMAIN_COLORS = ("C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9")  # red is the MoE's, grey the baselines'
 _MAX_ANNOTATED_CELLS = 64  # numbers in a larger heat map could not be read
 
 
 def draw_losses(curves: dict[str, Curve], held_out: dict[str, dict[str, float]], path: Path) -> None:
     """Training loss against tokens, one curve a stage; held-out loss by model and domain."""
-    figure = Figure(figsize=(14, 6.2), layout="constrained")
+    figure = Figure(figsize=(14, 7), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     domains = [name for name in next(iter(held_out.values())) if name != "mean"]
-    colors = {name: f"C{index}" for index, name in enumerate(domains)}
+    colors = {name: _DOMAIN_COLORS[i % len(_DOMAIN_COLORS)] for i, name in enumerate(domains)}
     _draw_curves(left, curves, colors)
     _draw_held_out(right, held_out, colors)
     figure.savefig(path, dpi=120)
@@ -76,25 +77,22 @@ def _draw_curves(axis: Axes, curves: dict[str, Curve], colors: dict[str, str]) -
 
 def _draw_held_out(axis: Axes, held_out: dict[str, dict[str, float]], colors: dict[str, str]) -> None:
     """Bars from zero, so that their lengths can be compared; the differences are in the numbers."""
-    rows, thickness = list(held_out), 0.8 / len(colors)
+    rows, bars = list(held_out), {**colors, "mean": "0.25"}
+    thickness = 0.84 / len(bars)
     largest = max(max(values.values()) for values in held_out.values())
-    for index, (name, color) in enumerate(colors.items()):
-        values = [held_out[row][name] for row in rows]
-        places = np.arange(len(rows)) + (index - (len(colors) - 1) / 2) * thickness
-        axis.barh(places, values, height=thickness, color=color, alpha=0.75, label=name)
-        best = min(values)
+    for index, (column, color) in enumerate(bars.items()):
+        values = [held_out[row][column] for row in rows]
+        places = np.arange(len(rows)) + (index - (len(bars) - 1) / 2) * thickness
+        axis.barh(places, values, height=thickness, color=color, alpha=0.8, label=column)
         for place, value in zip(places, values, strict=True):
-            weight = "bold" if value == best else "normal"
-            text = axis.text(value + 0.01 * largest, place, f"{value:.3f}", va="center", fontsize=8)
-            text.set_fontweight(weight)
-    means = [held_out[row]["mean"] for row in rows]
-    axis.plot(means, range(len(rows)), "D", color="black", markersize=5, label="mean")
-    axis.set_yticks(range(len(rows)), [f"{row}\nmean {m:.3f}" for row, m in zip(rows, means, strict=True)])
+            weight = "bold" if value == min(values) else "normal"
+            axis.text(value + 0.01 * largest, place, f"{value:.3f}", va="center", fontsize=8, weight=weight)
+    axis.set_yticks(range(len(rows)), rows)
     axis.invert_yaxis()
     axis.set_xlim(0, largest * 1.12)
-    axis.set_title("Held-out loss (bold: the best on a domain)")
+    axis.set_title("Held-out loss (bold: the best of a colour)")
     axis.set_xlabel("nats a token")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(colors) + 1, frameon=False)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(bars), frameon=False)
 
 
 def curve_starts(curves: dict[str, Curve]) -> dict[str, int]:

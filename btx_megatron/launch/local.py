@@ -11,49 +11,73 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import btx_megatron
 from btx_megatron.errors import StageFailed, Stopped, UserError
-from btx_megatron.launch.display import Display, make_display
+from btx_megatron.launch.display import Display, layout_text, make_display
 from btx_megatron.launch.job import JOB_FILE, LAUNCH_FILES, LOG_FILE, PASSING_FILES, Job, read_job, write_job
 from btx_megatron.launch.machine import Machine, this_machine
 from btx_megatron.manifest import make_manifest
 from btx_megatron.pipeline import PipelineStage, input_fingerprints, stages_of, stages_to_run
-from btx_megatron.recipe import Layout, Recipe, recipe_to_dict
+from btx_megatron.recipe import Recipe, recipe_to_dict
 from btx_megatron.recipe_checks import check_machine
 from btx_megatron.run_folder import RunFolder
 from btx_megatron.runtime.outcome import Outcome
 from btx_megatron.runtime.progress import read_progress
 from btx_megatron.runtime.supervisor import Command, Supervisor
 
-WORKER = ("-m", "btx_megatron.launch.worker")
+CommandLine = Callable[[PipelineStage, Path], list[str]]
+"""Program and arguments that run a stage, whose job file is given."""
 
+_WORKER = ("-m", "btx_megatron.launch.worker")
 _SECONDS_BETWEEN_POLLS = 0.1
 
 
-def run_pipeline(recipe: Recipe, worker: tuple[str, ...] = WORKER) -> None:
-    """Run all stages that are not finished, in the recipe's run folder.
+def worker_command(stage: PipelineStage, job_file: Path) -> list[str]:
+    """The worker of a stage: under a torchrun of its own where models run, else alone."""
+    command = [sys.executable]
+    if stage.task in ("train", "evaluate"):
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(stage.ranks)]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+    return [*command, *_WORKER, str(job_file)]
+
+
+def run_pipeline(
+    recipe: Recipe, machine: Machine | None = None, command_line: CommandLine = worker_command
+) -> None:
+    """Run all stages that are not finished, in the recipe's run folder, on this (or the given) machine.
 
     Raises UserError, StageFailed (after everything that could go on has), or Stopped.
     """
-    _run(recipe, {"report"}, alone=False, again=False, worker=worker)
+    _run(recipe, {"report"}, machine or this_machine(), command_line)
 
 
 def run_stages(
-    recipe: Recipe, names: Collection[str], again: bool = False, worker: tuple[str, ...] = WORKER
+    recipe: Recipe,
+    names: Collection[str],
+    again: bool = False,
+    machine: Machine | None = None,
+    command_line: CommandLine = worker_command,
 ) -> None:
     """Run the named stages alone, where they are not finished (``again``: even if). Raises as run_pipeline.
 
     A stage whose inputs are not finished is refused.
     """
-    _run(recipe, names, alone=True, again=again, worker=worker)
+    _run(recipe, names, machine or this_machine(), command_line, alone=True, again=again)
 
 
-def _run(recipe: Recipe, targets: Collection[str], alone: bool, again: bool, worker: tuple[str, ...]) -> None:
-    run, machine = RunFolder(recipe.run_folder), this_machine()
+def _run(
+    recipe: Recipe,
+    targets: Collection[str],
+    machine: Machine,
+    command_line: CommandLine,
+    alone: bool = False,
+    again: bool = False,
+) -> None:
+    run = RunFolder(recipe.run_folder)
     with run.open(recipe), Supervisor() as supervisor:
         stages = stages_to_run(stages_of(recipe), run, targets)
         if alone:
@@ -64,7 +88,7 @@ def _run(recipe: Recipe, targets: Collection[str], alone: bool, again: bool, wor
         with make_display() as display:
             if not stages:
                 display.say(f"nothing to do: finished already, in {run.path}")
-            _LocalRun(recipe, run, machine, supervisor, display, worker).work_off(stages)
+            _LocalRun(recipe, run, machine, supervisor, display, command_line).work_off(stages)
 
 
 def _alone(stages: list[PipelineStage], run: RunFolder, targets: Collection[str]) -> list[PipelineStage]:
@@ -84,13 +108,12 @@ class _LocalRun:
         machine: Machine,
         supervisor: Supervisor,
         display: Display,
-        worker: tuple[str, ...],
+        command_line: CommandLine,
     ) -> None:
         self.recipe, self.run, self.machine = recipe, run, machine
-        self.supervisor, self.display, self.worker = supervisor, display, worker
+        self.supervisor, self.display, self.command_line = supervisor, display, command_line
         self.waiting: list[PipelineStage] = []
         self.jobs: dict[str, Job] = {}
-        self.ports: dict[str, int] = {}
         self.cores_used: dict[str, int] = {}
         self.gpus_used: dict[str, tuple[str, ...]] = {}
         self.bad_ends: dict[str, Outcome] = {}
@@ -158,7 +181,7 @@ class _LocalRun:
         self.cores_used[stage.name] = stage.ranks * threads
         self.gpus_used[stage.name] = gpus
         command = Command(
-            arguments=self._arguments(stage, write_job(job)),
+            arguments=self.command_line(stage, write_job(job)),
             environment=_environment(threads, gpus),
             work_folder=job.work_folder,
             log=job.work_folder / LOG_FILE,
@@ -181,14 +204,6 @@ class _LocalRun:
             )
         return Job(stage.task, stage.name, self.recipe, self.run.path, work, inputs)
 
-    def _arguments(self, stage: PipelineStage, job_file: Path) -> list[str]:
-        if stage.task not in ("train", "evaluate"):
-            return [sys.executable, *self.worker, str(job_file)]
-        port = self.ports[stage.name] = _free_port(set(self.ports.values()))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(stage.ranks)]
-        torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-        return [*torchrun, *self.worker, str(job_file)]
-
     # watching and ending
 
     def _show_progress(self) -> None:
@@ -199,8 +214,7 @@ class _LocalRun:
 
     def _end(self, name: str, outcome: Outcome, seconds: float) -> None:
         job = self.jobs.pop(name)
-        for held in (self.cores_used, self.gpus_used, self.ports):
-            held.pop(name, None)  # type: ignore[attr-defined]
+        del self.cores_used[name], self.gpus_used[name]
         record = read_progress(job.work_folder)
         if record:
             self.display.progress(name, record)
@@ -263,31 +277,13 @@ def _environment(threads: int, gpus: tuple[str, ...]) -> dict[str, str]:
     return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
 
 
-def _free_port(taken: Collection[int]) -> int:
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port not in taken:
-            return port
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _detail(recipe: Recipe, stage: PipelineStage) -> str:
     if stage.task == "train":
         return layout_text(recipe.stage(stage.name).layout)
     return layout_text(recipe.evaluate.layout) if stage.task == "evaluate" else "1 process"
-
-
-def layout_text(layout: Layout) -> str:
-    """``TP2 SP``, ``DP2 EP2``, ``1 rank``, ...: the parts of a layout that are not the default."""
-    sizes = {
-        "TP": layout.tensor_model_parallel_size,
-        "PP": layout.pipeline_model_parallel_size,
-        "DP": layout.data_parallel_size,
-        "EP": layout.expert_model_parallel_size,
-        "ETP": layout.expert_tensor_parallel_size or 1,
-    }
-    parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
-    parts += ["SP"] if layout.sequence_parallel else []
-    parts += ["distributed optimizer"] if layout.use_distributed_optimizer else []
-    return " ".join(parts) or "1 rank"

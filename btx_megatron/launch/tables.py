@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from btx_megatron.estimate import recipe_parameter_counts, stage_tokens
-from btx_megatron.launch.display import clock
-from btx_megatron.launch.local import layout_text
+from btx_megatron.launch.display import clock, layout_text
 from btx_megatron.pipeline import PipelineStage, stages_of
 from btx_megatron.recipe import Recipe
 from btx_megatron.run_folder import RunFolder

@@ -3,8 +3,9 @@
 Under torchrun there is one a rank, else one alone. It does the job and writes how that ended into the
 work folder, where the supervisor reads it (runtime/outcome.py).
 
-This module is imported again, as ``__mp_main__``, by every process that a worker spawns (a checkpoint's
-writers, the tokenizing pool); so it imports nothing heavy and its last line is guarded.
+This module is run again, as ``__mp_main__``, by every process that a worker spawns (a checkpoint's writers,
+the tokenizing pool); so it imports nothing heavy, its last line is guarded, and the line before is not for
+the worker alone: whatever a worker starts ends with it.
 """
 
 from __future__ import annotations
@@ -20,16 +21,12 @@ from btx_megatron.errors import Stopped
 from btx_megatron.launch.job import CHECKPOINTS, LAUNCH_FILES, Job, read_job
 from btx_megatron.pipeline import Task
 from btx_megatron.runtime.outcome import error_line, write_error, write_result, write_stopped
-from btx_megatron.runtime.parent import die_if_orphaned, die_with_parent
+from btx_megatron.runtime.parent import die_with_guardian
 from btx_megatron.runtime.progress import Progress
-
-die_with_parent()  # at import, for the processes that a worker spawns
-os.register_at_fork(after_in_child=die_with_parent)  # and for those that it forks
 
 
 def main() -> int:
     """Do the job named on the command line; returns the exit code of this rank."""
-    die_if_orphaned()
     job = read_job(Path(sys.argv[1]))
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -68,7 +65,7 @@ def _prepare(job: Job) -> dict[str, Any]:
 def _mix(job: Job) -> dict[str, Any]:
     from btx_megatron.mixing.mix import mix
 
-    mix(
+    tensors = mix(
         _expert_checkpoints(job),
         job.checkpoints,
         router_std=job.recipe.mix.router_std,
@@ -76,14 +73,14 @@ def _mix(job: Job) -> dict[str, Any]:
         topk=job.recipe.moe.moe_router_topk,
         progress=Progress(job.work_folder),
     )
-    return {}
+    return {"outputs": {"tensors": tensors}}
 
 
 def _average(job: Job) -> dict[str, Any]:
     from btx_megatron.mixing.mix import average
 
-    average(_expert_checkpoints(job), job.checkpoints, progress=Progress(job.work_folder))
-    return {}
+    tensors = average(_expert_checkpoints(job), job.checkpoints, progress=Progress(job.work_folder))
+    return {"outputs": {"tensors": tensors}}
 
 
 def _report(job: Job) -> dict[str, Any]:
@@ -110,22 +107,27 @@ def _expert_checkpoints(job: Job) -> dict[str, Path]:
     return {name: folder / CHECKPOINTS for name, folder in experts.items()}
 
 
-def _hash_outputs(work_folder: Path) -> dict[str, str]:
-    """SHA-256 of what the stage made: its checkpoints, or all files of a stage that saves none.
+def _hash_outputs(work_folder: Path) -> dict[str, Any]:
+    """Hashes of what the stage made: its weights, tensor by tensor, or all files of a stage without any.
 
-    What lies beside checkpoints (losses, caches) is left out: it holds times, and is no stage's input.
+    What lies beside a checkpoint (losses, caches) is left out: it holds times, and is no stage's input.
     """
     checkpoints = work_folder / CHECKPOINTS
-    root = checkpoints if checkpoints.exists() else work_folder
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    names = [str(path.relative_to(work_folder)) for path in files]
-    return {name: _sha256(work_folder / name) for name in names if name not in LAUNCH_FILES}
+    if checkpoints.exists():
+        from btx_megatron.mixing.hashes import hash_tensors
+
+        return {"tensors": hash_tensors(checkpoints)}
+    names = sorted(str(path.relative_to(work_folder)) for path in work_folder.rglob("*") if path.is_file())
+    return {"files": {name: _sha256(work_folder / name) for name in names if name not in LAUNCH_FILES}}
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+
+if __name__ in ("__main__", "__mp_main__"):
+    die_with_guardian()
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,8 @@
 
 ``btx`` may be killed with SIGKILL, which nothing can catch. Linux then still delivers a signal that each
 child asked for in advance (prctl PR_SET_PDEATHSIG), down the whole chain: btx, torchrun, rank, and the
-helper processes of a rank. The request is not inherited, so each link must make its own.
+helper processes of a rank. The request is not inherited, so each link must make its own; and it comes too
+late for a parent that died while the child was starting, so each link also looks whether it still has one.
 """
 
 from __future__ import annotations
@@ -14,41 +15,52 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-SUPERVISOR_VARIABLE = "BTX_SUPERVISOR_PID"
-"""Environment variable by which a worker knows the supervisor that must be above it."""
+_GUARDIAN = "BTX_GUARDIAN_PID"
+"""Environment variable: the process that must be this one's parent, or (under torchrun) grandparent."""
 
 _PR_SET_PDEATHSIG = 1
 _LINUX = sys.platform == "linux"
 _libc = ctypes.CDLL(None) if _LINUX else None  # loaded here: a forked child must not load libraries
 
 
-def die_with_parent() -> None:
-    """Ask for SIGKILL when the process (strictly: the thread) that started this one ends. Linux only."""
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def guardian_environment() -> dict[str, str]:
+    """Variables for a child that calls die_with_guardian: this process is its guardian."""
+    return {_GUARDIAN: str(os.getpid())}
 
 
 def before_exec() -> Callable[[], None]:
-    """A ``preexec_fn``: as die_with_parent, and ends at once if the parent is gone already."""
+    """A ``preexec_fn`` for a program that knows nothing of guardians, such as torchrun."""
     parent = os.getpid()
 
     def prepare_child() -> None:
-        die_with_parent()
+        _die_with_parent()
         if os.getppid() != parent:
             os._exit(1)
 
     return prepare_child
 
 
-def die_if_orphaned() -> None:
-    """End this worker if its supervisor went away before die_with_parent was in force.
+def die_with_guardian() -> None:
+    """End with SIGKILL when the parent ends, or now if the guardian is gone; be the next one's guardian.
 
-    The supervisor is the parent, or (under torchrun) the parent's parent. Where the environment names no
-    supervisor, as under Slurm, nothing is checked.
+    Holds for processes forked from here on; a spawned one must call it itself. Where the environment
+    names no guardian (as under Slurm) none is missed. Linux only.
     """
-    supervisor = int(os.environ.get(SUPERVISOR_VARIABLE, "0"))
-    if _LINUX and supervisor and supervisor not in (os.getppid(), _parent_of(os.getppid())):
+    _take_guardian()
+    os.register_at_fork(after_in_child=_take_guardian)
+
+
+def _take_guardian() -> None:
+    _die_with_parent()
+    guardian = int(os.environ.get(_GUARDIAN, "0"))
+    if _LINUX and guardian and guardian not in (os.getppid(), _parent_of(os.getppid())):
         os._exit(1)
+    os.environ |= guardian_environment()
+
+
+def _die_with_parent() -> None:
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _parent_of(pid: int) -> int:

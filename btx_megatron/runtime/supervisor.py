@@ -19,7 +19,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from btx_megatron.runtime.outcome import Outcome, clear_outcome, read_outcome
-from btx_megatron.runtime.parent import SUPERVISOR_VARIABLE, before_exec
+from btx_megatron.runtime.parent import before_exec, guardian_environment
 from btx_megatron.runtime.progress import PROGRESS_FILE
 from btx_megatron.runtime.stop import clear_stop, request_stop
 from btx_megatron.runtime.stopwatch import Stopwatch
@@ -62,7 +62,7 @@ class _Child:
             self.log_start = log.tell()
             self.process = subprocess.Popen(
                 command.arguments,
-                env=os.environ | command.environment | {SUPERVISOR_VARIABLE: str(os.getpid())},
+                env=os.environ | command.environment | guardian_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -79,7 +79,7 @@ class _Child:
             self.kill()
 
     def kill(self) -> None:
-        """SIGKILL to its session; the ranks of a torchrun, in sessions of their own, die with their parent."""
+        """SIGKILL to its session; a torchrun's ranks, in sessions of their own, die with their parent."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from btx_megatron.errors import UserError
 from btx_megatron.evaluation.page import layout_text, verdict
 from btx_megatron.evaluation.pictures import curve_starts, draw_routing, running_mean
-from btx_megatron.evaluation.report import rows_table, write_report
+from btx_megatron.evaluation.report import (
+    read_evaluation,
+    read_manifests,
+    rows_table,
+    summarize,
+    write_report,
+)
 from btx_megatron.manifest import make_manifest, manifest_text
 from btx_megatron.recipe import Layout, Recipe, parse_recipe, recipe_to_dict
 from btx_megatron.run_folder import stage_folder
@@ -55,17 +64,23 @@ def recipe() -> Recipe:
 @pytest.fixture
 def run(tmp_path: Path, recipe: Recipe) -> Path:
     """A run folder as the stages leave it."""
-    stages = ["prepare", *TOKENS, "mix", "average", "evaluate"]
-    for stage in stages:
+    template = make_manifest("", recipe_to_dict(recipe), {}, {}, None, 0.0)
+    for stage in ["prepare", *TOKENS, "mix", "average", "evaluate"]:
         folder = tmp_path / "run" / stage_folder(stage)
         folder.mkdir(parents=True)
-        seconds = SECONDS.get(stage, 30.0)
-        manifest = make_manifest(stage, recipe_to_dict(recipe), {}, {}, TOKENS.get(stage), seconds)
+        seconds, tokens = SECONDS.get(stage, 30.0), TOKENS.get(stage)
+        manifest = replace(template, stage=stage, tokens=tokens, duration_seconds=seconds, fingerprint="")
         (folder / "manifest.json").write_text(manifest_text(manifest))
         if stage in TOKENS:
             write_losses(folder / "losses.jsonl", TOKENS[stage])
     (tmp_path / "run" / "evaluate" / "evaluation.json").write_text(json.dumps(evaluation()))
     return tmp_path / "run"
+
+
+@pytest.fixture
+def summary(recipe: Recipe, run: Path) -> dict[str, Any]:
+    """The summary alone: pictures take a second."""
+    return summarize(recipe, read_evaluation(recipe, run), read_manifests(recipe, run))
 
 
 def write_losses(path: Path, tokens: int) -> None:
@@ -82,10 +97,7 @@ def evaluation() -> dict[str, Any]:
     }
 
 
-def test_summary_equals_arithmetic(recipe: Recipe, run: Path, tmp_path: Path) -> None:
-    returned = write_report(recipe, run, tmp_path / "report")
-    summary = json.loads((tmp_path / "report" / "summary.json").read_text())
-    assert summary == returned
+def test_summary_equals_arithmetic(summary: dict[str, Any]) -> None:
     assert list(summary) == ["held_out_loss", "tokens", "stage_seconds", "parameters"]
     assert list(summary["held_out_loss"]) == list(LOSSES)
     assert list(summary["held_out_loss"]["btx"]) == [*DOMAINS, "mean"]
@@ -113,20 +125,16 @@ def test_summary_equals_arithmetic(recipe: Recipe, run: Path, tmp_path: Path) ->
     }
 
 
-def test_pictures_are_real_pngs(recipe: Recipe, run: Path, tmp_path: Path) -> None:
-    write_report(recipe, run, tmp_path / "report")
-    for name in ("losses.png", "routing.png"):
-        content = (tmp_path / "report" / name).read_bytes()
-        width, height = struct.unpack(">II", content[16:24])
-        assert content.startswith(b"\x89PNG\r\n\x1a\n")
-        assert width > 600
-        assert height > 300
-        assert len(content) > 10_000, f"{name} is almost empty"
-
-
-def test_page_holds_table_and_verdict(recipe: Recipe, run: Path, tmp_path: Path) -> None:
-    write_report(recipe, run, tmp_path / "report")
-    page = (tmp_path / "report" / "report.md").read_text()
+def test_the_folder_holds_summary_pictures_and_page(
+    recipe: Recipe, run: Path, summary: dict[str, Any], tmp_path: Path
+) -> None:
+    assert write_report(recipe, run, tmp_path / "report") == summary
+    files = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    assert set(files) == {"summary.json", "losses.png", "routing.png", "report.md"}
+    assert json.loads(files["summary.json"]) == summary
+    assert_is_picture(files["losses.png"])
+    assert_is_picture(files["routing.png"])
+    page = files["report.md"].decode()
     assert "| `btx` | 3.600 | 3.100 | 3.500 | **3.400** | 650 |" in page
     assert "| `expert:prose` | **3.500** | 5.000 | 5.600 | 4.700 | 100 |" in page
     assert "- 0.100 nats better than `dense`" in page
@@ -136,8 +144,15 @@ def test_page_holds_table_and_verdict(recipe: Recipe, run: Path, tmp_path: Path)
     assert str(tmp_path) not in page
 
 
-def test_a_defeat_is_called_one(recipe: Recipe, run: Path, tmp_path: Path) -> None:
-    summary = write_report(recipe, run, tmp_path / "report")
+def assert_is_picture(content: bytes) -> None:
+    width, height = struct.unpack(">II", content[16:24])
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert width > 600
+    assert height > 300
+    assert len(content) > 10_000, "almost empty"
+
+
+def test_a_defeat_is_called_one(summary: dict[str, Any]) -> None:
     summary["held_out_loss"]["dense"]["mean"] = 3.0
     summary["held_out_loss"]["average"]["mean"] = summary["held_out_loss"]["btx"]["mean"]
     lines = verdict(summary).splitlines()
@@ -145,10 +160,11 @@ def test_a_defeat_is_called_one(recipe: Recipe, run: Path, tmp_path: Path) -> No
     assert "- equal to `average` (to three digits)." in lines
 
 
-def test_no_baseline_no_row(recipe: Recipe, run: Path, tmp_path: Path) -> None:
+def test_no_baseline_no_row(recipe: Recipe, run: Path) -> None:
     recipe.baselines = []
-    summary = write_report(recipe, run, tmp_path / "report")
+    summary = summarize(recipe, read_evaluation(recipe, run), read_manifests(recipe, run))
     assert "dense" not in summary["held_out_loss"].keys() | summary["tokens"].keys()
+    assert "`dense`" not in verdict(summary)
 
 
 def remove_manifest(run: Path) -> None:
@@ -178,9 +194,9 @@ def test_what_is_missing_is_named(
     assert not (tmp_path / "report").exists()
 
 
-def test_table_for_the_terminal(recipe: Recipe, run: Path, tmp_path: Path) -> None:
-    console = Console(width=100, record=True, file=(tmp_path / "out").open("w"))
-    console.print(rows_table(write_report(recipe, run, tmp_path / "report")))
+def test_table_for_the_terminal(summary: dict[str, Any]) -> None:
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(rows_table(summary))
     text = console.export_text()
     positions = [text.index(f" {row} ") for row in LOSSES]
     assert positions == sorted(positions)
@@ -194,8 +210,6 @@ def test_stages_follow_each_other_on_the_token_axis() -> None:
 
 
 def test_running_mean_is_a_mean() -> None:
-    import numpy as np
-
     values = np.arange(90.0)  # window 3
     smooth = running_mean(values)
     assert smooth[:2].tolist() == [0.0, 0.5]

@@ -1,0 +1,1 @@
+"""N dense experts become one mixture of experts (paper, section 3.2)."""
