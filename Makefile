@@ -41,10 +41,13 @@ clean: ## remove .venv and caches; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each extra, so that an install happens once and again when what is asked for changes.
+# dev holds test, and test holds quickstart.
+stamps_of_test := $(venv)/.installed-quickstart
+stamps_of_dev := $(venv)/.installed-test $(stamps_of_test)
 $(venv)/.installed-%: $(venv)/.made pyproject.toml constraints.txt
-	@echo "Installing btx-megatron[$*] into $(venv); the first time this fetches about 3 GB."
+	@echo "Installing btx-megatron[$*] into $(venv); the first time this fetches about 2 GB."
 	@$(pip_install) '.[$*]'
-	@touch $@
+	@touch $@ $(stamps_of_$*)
 
 # A .venv without the stamp was left by an interrupted run: it is made anew.
 $(venv)/.made:

@@ -94,7 +94,8 @@ def verify(checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A ch
     """Re-read a checkpoint: shapes, finite values, distinct experts, hashes."""
     from btx_megatron.mixing.verify import verify as verify_checkpoint
 
-    print(verify_checkpoint(checkpoint))
+    for what, found in verify_checkpoint(checkpoint).items():
+        print(f"{what}: {found}")
 
 
 @app.command()

@@ -129,7 +129,7 @@ class DistCheckpoint:
         except FileNotFoundError:
             raise UserError(f"{path}: missing, and {key} lies in it; restore it") from None
         except Exception as error:
-            reason = str(error).splitlines()[0][:120]
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise UserError(f"{path}: {key} cannot be read ({reason}); the file is damaged") from None
         if not isinstance(tensor, Tensor):
             raise UserError(f"{path}: {key} is no tensor; the file is damaged")

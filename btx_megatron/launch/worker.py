@@ -32,8 +32,8 @@ def main() -> int:
     try:
         result = _TASKS[job.task](job)
         if rank == 0:
-            result.setdefault("outputs", _hash_outputs(job.work_folder))
-            write_result(job.work_folder, result)
+            outputs = result.get("outputs") or _hash_outputs(job.work_folder)
+            write_result(job.work_folder, result | {"outputs": outputs})
     except Stopped:
         if rank == 0:
             write_stopped(job.work_folder)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from btx_megatron.training.optimizer import ready_for_loading, unshare_steps
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # parts of a training checkpoint that are not weights
-_STATE_PREFIXES = ("optimizer.", "rng_state", "common_state")
+_STATE = re.compile(r"optimizer\.|rng_state|common_state|.*_extra_state")
 
 
 @dataclass
@@ -121,15 +122,17 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     path = latest_checkpoint(folder)
     if path is None:
         raise UserError(f"{folder}: no checkpoint there (no {TRACKER})")
-    wanted = {"model": unwrap(model).sharded_state_dict(metadata=_metadata())}
+    sharded = unwrap(model).sharded_state_dict(metadata=_metadata())
+    # the local layers' _extra_state is empty, and converters need not write it
+    wanted = {"model": {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}}
     # Megatron calls "missing" what the checkpoint has and the model does not, and "unexpected" the reverse
     loaded, extra, absent = dist_checkpointing.load(wanted, str(path), strict="return_all")
-    left_over = sorted(key for key in extra if not key.startswith(_STATE_PREFIXES))
+    left_over = sorted(key for key in extra if not _STATE.match(key))
     if absent or left_over:
         raise UserError(
             f"{path}: not the weights of this model: it lacks {sorted(absent)[:3]} and has {left_over[:3]} too"
         )
-    unwrap(model).load_state_dict(loaded["model"])
+    unwrap(model).load_state_dict(loaded["model"], strict=False)
 
 
 def _metadata() -> dict[str, Any]:
