@@ -191,11 +191,7 @@ class Layout:
     @property
     def world_size(self) -> int:
         """Number of ranks, one process each."""
-        return (
-            self.tensor_model_parallel_size
-            * self.pipeline_model_parallel_size
-            * self.data_parallel_size
-        )
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
 
 
 @dataclass
@@ -348,7 +344,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         if not isinstance(raw, dict):
             raise UserError(f"{path}: a recipe is a mapping of keys, this is a {type(raw).__name__}")
-        tree = OmegaConf.create(raw)
+        tree: Any = OmegaConf.create(raw)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such recipe file") from None
     except UnicodeDecodeError as error:
@@ -403,9 +399,7 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> None:
             if source.path and not re.match(r"[a-z]+:", source.path):
                 source.path = str(folder / Path(source.path).expanduser())
     if recipe.tokenizer.tokenizer_model:
-        recipe.tokenizer.tokenizer_model = str(
-            folder / Path(recipe.tokenizer.tokenizer_model).expanduser()
-        )
+        recipe.tokenizer.tokenizer_model = str(folder / Path(recipe.tokenizer.tokenizer_model).expanduser())
 
 
 def _explain(error: OmegaConfBaseException) -> str:

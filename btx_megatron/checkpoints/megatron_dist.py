@@ -182,7 +182,9 @@ class DistWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        metadata = Metadata(self._tensors, planner_data={}, storage_data=self._places, storage_meta=StorageMeta())
+        metadata = Metadata(
+            self._tensors, planner_data={}, storage_data=self._places, storage_meta=StorageMeta()
+        )
         _write_durably(self.folder / ".metadata", pickle.dumps(metadata))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         _write_durably(self.folder / "metadata.json", json.dumps(config).encode())

@@ -62,7 +62,10 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def overlaps(
-    chunk_offset: tuple[int, ...], chunk_shape: tuple[int, ...], start: tuple[int, ...], shape: tuple[int, ...]
+    chunk_offset: tuple[int, ...],
+    chunk_shape: tuple[int, ...],
+    start: tuple[int, ...],
+    shape: tuple[int, ...],
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
     """Where a stored chunk meets a wanted box: slices into the chunk, and into the box; None if nowhere.
 

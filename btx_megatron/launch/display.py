@@ -142,9 +142,10 @@ class LiveDisplay:
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        detail = TextColumn("{task.fields[detail]}", markup=False)
-        self._bars = Progress(*columns, detail, auto_refresh=False)
+        name, detail = (
+            TextColumn(f"{{task.{key}}}", markup=False) for key in ("description", "fields[detail]")
+        )
+        self._bars = Progress(name, BarColumn(), MofNCompleteColumn(), detail, auto_refresh=False)
         self._tasks: dict[str, TaskID] = {}
         self._paces: dict[str, Pace] = {}
 
@@ -153,7 +154,10 @@ class LiveDisplay:
         self._bars.refresh()
 
     def progress(self, stage: str, record: ProgressRecord) -> None:
-        pace = self._paces[stage] = Pace.follow(self._paces.get(stage), record)
+        before = self._paces.get(stage)
+        if before and before.last == record:
+            return
+        pace = self._paces[stage] = Pace.follow(before, record)
         self._bars.update(
             self._tasks[stage],
             description=f"{stage} {record.phase}",
@@ -169,7 +173,7 @@ class LiveDisplay:
         self.say(end_line(stage, outcome, seconds, pace.last if pace else None))
 
     def say(self, text: str) -> None:
-        self._bars.console.print(text, markup=False, highlight=False)
+        self._bars.console.print(text, markup=False, emoji=False, highlight=False)
         self._bars.refresh()
 
     def __enter__(self) -> Self:

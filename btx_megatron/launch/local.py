@@ -121,11 +121,17 @@ class _LocalRun:
     def work_off(self, stages: list[PipelineStage]) -> None:
         """Run the stages; returns when none is left, raises what run_pipeline says."""
         self.waiting = list(stages)
+        told = False
         while True:
             for name, (outcome, seconds) in self.supervisor.poll().items():
                 self._end(name, outcome, seconds)
             if not self.supervisor.stop_signal:
                 self._start_what_fits()
+            elif self.supervisor.running and not told:
+                told = True
+                self.display.say(
+                    f"{self.supervisor.stop_signal}: saving; Ctrl-C (again) stops without saving"
+                )
             if not self.supervisor.running:
                 break
             self._show_progress()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from btx_megatron.estimate import recipe_parameter_counts, stage_tokens
 from btx_megatron.launch.display import clock, layout_text
 from btx_megatron.pipeline import PipelineStage, stages_of
@@ -18,18 +16,16 @@ def plan_text(recipe: Recipe) -> str:
     """Stages in order with layout, ranks, steps and tokens; then the models' parameters."""
     rows = [["stage", "reads", "layout", "ranks", "steps", "tokens"]]
     rows += [_plan_row(recipe, stage) for stage in stages_of(recipe)]
-    counts = asdict(recipe_parameter_counts(recipe))
-    parameters = [[name.replace("_", " "), f"{count:,}"] for name, count in counts.items()]
+    counts = recipe_parameter_counts(recipe)
+    parameters = [
+        ["parameters", ""],
+        ["one expert", f"{counts.dense:,}"],
+        ["MoE, total", f"{counts.moe_total:,}"],
+        ["MoE, active", f"{counts.moe_active:,}"],
+    ]
     title = f"{recipe.name}: {len(recipe.expert_names)} experts, top-{recipe.moe.moe_router_topk}"
-    return "\n".join(
-        [
-            f"{title}; run folder {recipe.run_folder}",
-            "",
-            columns(rows, right=(3, 4, 5)),
-            "",
-            columns([["parameters", ""], *parameters], right=(1,)),
-        ]
-    )
+    title += f"; run folder {recipe.run_folder}"
+    return "\n\n".join([title, columns(rows, right=(3, 4, 5)), columns(parameters, right=(1,))])
 
 
 def _plan_row(recipe: Recipe, stage: PipelineStage) -> list[str]:

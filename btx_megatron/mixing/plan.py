@@ -58,7 +58,9 @@ def _common_weights(sources: dict[str, DistCheckpoint]) -> dict[str, TensorInfo]
     for name, source in sources.items():
         unknown = sorted(set(source.tensors) - set(DENSE))
         if unknown:
-            raise UserError(f"expert {name} ({source.folder}): no rule for {unknown[0]}; a dense Llama is needed")
+            raise UserError(
+                f"expert {name} ({source.folder}): no rule for {unknown[0]}; a dense Llama is needed"
+            )
         missing = sorted(set(DENSE) - set(source.tensors) - MAY_BE_ABSENT)
         if missing:
             raise UserError(f"expert {name} ({source.folder}): {missing[0]} is missing")

@@ -61,7 +61,9 @@ def _check_distinct(
     one.update(part)
     other = seen.setdefault(one.hexdigest(), index)
     if other != index:
-        raise UserError(f"{folder}: {name}: [layer, expert] {list(index)} and {list(other)} are the same values")
+        raise UserError(
+            f"{folder}: {name}: [layer, expert] {list(index)} and {list(other)} are the same values"
+        )
 
 
 def _compare(folder: Path, name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -172,6 +172,6 @@ def build_model(
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The GPTModel inside DDP's and Float16Module's wrappers."""
-    while hasattr(model, "module"):
-        model = model.module
+    while isinstance(inner := getattr(model, "module", None), torch.nn.Module):
+        model = inner
     return model

@@ -122,7 +122,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     path = latest_checkpoint(folder)
     if path is None:
         raise UserError(f"{folder}: no checkpoint there (no {TRACKER})")
-    sharded = unwrap(model).sharded_state_dict(metadata=_metadata())
+    sharded = _sharded_weights(model, _metadata())
     # the local layers' _extra_state is empty, and converters need not write it
     wanted = {"model": {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}}
     # Megatron calls "missing" what the checkpoint has and the model does not, and "unexpected" the reverse
@@ -130,7 +130,8 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     left_over = sorted(key for key in extra if not _STATE.match(key))
     if absent or left_over:
         raise UserError(
-            f"{path}: not the weights of this model: it lacks {sorted(absent)[:3]} and has {left_over[:3]} too"
+            f"{path}: not the weights of this model: "
+            f"it lacks {sorted(absent)[:3]}, it has {left_over[:3]} too"
         )
     unwrap(model).load_state_dict(loaded["model"], strict=False)
 
@@ -145,8 +146,12 @@ def _metadata() -> dict[str, Any]:
     }
 
 
+def _sharded_weights(model: torch.nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+    return unwrap(model).sharded_state_dict(metadata=metadata)  # type: ignore[operator, no-any-return]
+
+
 def _state_dict(state: TrainingState, metadata: dict[str, Any], loading: bool = False) -> dict[str, Any]:
-    model = unwrap(state.model).sharded_state_dict(metadata=metadata)
+    model = _sharded_weights(state.model, metadata)
     return {
         "model": model,
         "optimizer": state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),

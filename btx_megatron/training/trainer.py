@@ -65,7 +65,7 @@ class Trainer:
         )
 
     def step(self, batches: Iterator[Batch], stop_requested: bool = False) -> StepResult:
-        """One optimizer step over ``micro_batches`` batches. ``stop_requested`` on any rank is told to all."""
+        """One optimizer step over ``micro_batches`` batches; ``stop_requested`` on any rank reaches all."""
         started = time.perf_counter()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()

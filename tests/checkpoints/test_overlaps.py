@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ from btx_megatron.checkpoints.names import has_expert_axis, has_layer_axis, is_w
 @st.composite
 def cuts(draw: st.DrawFn, length: int) -> list[tuple[int, int]]:
     """A partition of range(length) into runs (offset, size)."""
-    marks = sorted(draw(st.sets(st.integers(1, max(1, length - 1)), max_size=3)) - {length}) if length > 1 else []
+    marks = (
+        sorted(draw(st.sets(st.integers(1, max(1, length - 1)), max_size=3)) - {length}) if length > 1 else []
+    )
     edges = [0, *marks, length]
-    return [(a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(a, b - a) for a, b in itertools.pairwise(edges)]
 
 
 @st.composite

@@ -1,7 +1,7 @@
 """Train one tiny model under many layouts in one torchrun; what happened goes to a JSON file.
 
-    torchrun --nproc-per-node 1 layout_worker.py FOLDER      the reference, and the initial checkpoints
-    torchrun --nproc-per-node 2 layout_worker.py FOLDER      the layouts, from those checkpoints
+torchrun --nproc-per-node 1 layout_worker.py FOLDER      the reference, and the initial checkpoints
+torchrun --nproc-per-node 2 layout_worker.py FOLDER      the layouts, from those checkpoints
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ MODEL = Model(
     num_query_groups=2,
     seq_length=32,
 )
-TRAINING = Training(
-    train_iters=STEPS, micro_batch_size=2, global_batch_size=8, lr=1e-2, lr_warmup_iters=2
-)
+TRAINING = Training(train_iters=STEPS, micro_batch_size=2, global_batch_size=8, lr=1e-2, lr_warmup_iters=2)
 
 TP2_SP = Layout(tensor_model_parallel_size=2, sequence_parallel=True)
 DP2_DISTRIBUTED = Layout(data_parallel_size=2, use_distributed_optimizer=True)

@@ -1,6 +1,6 @@
 """Logits of a random dense model and a random MoE, with their weights, for a test to compare.
 
-    torchrun --nproc-per-node 1 logits_worker.py FOLDER
+torchrun --nproc-per-node 1 logits_worker.py FOLDER
 """
 
 from __future__ import annotations

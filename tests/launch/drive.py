@@ -18,8 +18,9 @@ from btx_megatron.launch.machine import Machine
 from btx_megatron.recipe import load_recipe
 
 
-def main() -> int:
-    recipe, *stages = sys.argv[1:]
+def main(arguments: list[str]) -> int:
+    """Exit code of the run."""
+    recipe, *stages = arguments
     command = fake_worker.torchrun_command if "torchrun" in stages else fake_worker.command_line
     stages = [stage for stage in stages if stage != "torchrun"]
     try:
@@ -34,4 +35,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -78,9 +78,7 @@ def test_identical_sources_give_their_own_weights(tmp_path: Path) -> None:
     run_mix(dict.fromkeys("abcd", source), tmp_path / "moe")
     result = DistCheckpoint(tmp_path / "moe")
     for name in SHARED:
-        assert torch.equal(
-            result.read(DENSE_TO_MOE.get(name, name)), random_weights(0, torch.bfloat16)[name]
-        )
+        assert torch.equal(result.read(DENSE_TO_MOE.get(name, name)), random_weights(0, torch.bfloat16)[name])
     with pytest.raises(UserError, match="are the same values"):
         verify(tmp_path / "moe")
 
@@ -129,7 +127,10 @@ def test_every_source_tensor_is_accounted_for(tmp_path: Path, change: str, messa
         weights["decoder.layers.mlp.adapter.weight"] = torch.zeros(LAYERS, 4)
     else:
         del weights["decoder.layers.mlp.linear_fc2.weight"]
-    sources = {"good": write_dense(tmp_path / "g", random_weights(0)), "bad": write_dense(tmp_path / "b", weights)}
+    sources = {
+        "good": write_dense(tmp_path / "g", random_weights(0)),
+        "bad": write_dense(tmp_path / "b", weights),
+    }
     with pytest.raises(UserError, match=f"expert bad.*{message}|{message}"):
         run_mix(sources, tmp_path / "moe")
 
@@ -186,7 +187,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         data.unlink()
     else:
         data.write_bytes(data.read_bytes()[:500])
-    with pytest.raises(UserError, match="__0_0.distcp"):
+    with pytest.raises(UserError, match=r"__0_0\.distcp"):
         verify(folder)
 
 

@@ -1,0 +1,389 @@
+"""A recipe's mistakes, each refused with one line that names key, numbers and fix."""
+
+from __future__ import annotations
+
+import copy
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from btx_megatron.errors import UserError
+from btx_megatron.estimate import dense_train_iters, parameter_counts, stage_tokens
+from btx_megatron.recipe import Model, Recipe, load_recipe, parse_recipe, recipe_to_dict
+from btx_megatron.recipe_checks import check_machine, check_recipe
+
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
+
+GOOD: dict[str, Any] = {
+    "data": {
+        "domains": [
+            {"name": "prose", "sources": [{"name": "text", "path": "text"}]},
+            {"name": "code", "sources": [{"name": "text", "path": "text"}]},
+            {"name": "math", "sources": [{"name": "text", "path": "text"}]},
+        ]
+    },
+    "training": {"train_iters": 10, "lr_warmup_iters": 2},
+}
+TP2 = {"tensor_model_parallel_size": 2}
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    # names
+    ({"data.domains.0.name": "a b"}, "data.domains: the name 'a b' must be made of letters, digits"),
+    ({"data.domains.0.name": "../x"}, "data.domains: the name '../x' must be made of letters, digits"),
+    ({"data.domains.0.name": "seed"}, "data.domains: the name 'seed' is reserved"),
+    ({"data.domains.0.name": "code"}, "data.domains: the name 'code' is given 2 times"),
+    ({"data.domains.0.sources.0.name": "a/b"}, "data.domains.prose.sources: the name 'a/b' must be made of"),
+    # data
+    ({"data.domains": []}, "data.domains is empty; give at least one domain"),
+    ({"data.domains.0.sources": []}, "data.domains.prose.sources is empty"),
+    ({"data.domains.0.sources.0.path": ""}, "data.domains.prose.sources.text.path is missing"),
+    ({"data.domains.0.sources.0.include": []}, "data.domains.prose.sources.text.include is empty"),
+    ({"data.domains.0.sources.0.max_bytes": 0}, "data.domains.prose.sources.text.max_bytes 0: must be"),
+    ({"data.domains.0.sources.0.weight": -1.0}, "data.domains.prose.sources.text.weight -1.0: a weight is"),
+    ({"data.domains.0.sources.0.weight": 0.0}, "data.domains.prose.sources: all weights are 0"),
+    ({"data.held_out_fraction": 0.0}, "data.held_out_fraction 0.0: must lie between 0 and 1"),
+    ({"data.held_out_fraction": 1.0}, "data.held_out_fraction 1.0: must lie between 0 and 1"),
+    ({"data.held_out_max_tokens": 0}, "data.held_out_max_tokens 0: must be at least 1"),
+    ({"data.num_workers": -1}, "data.num_workers -1: must be at least 0"),
+    ({"tokenizer.vocab_size": 0}, "tokenizer.vocab_size 0: must be at least 1"),
+    ({"run_folder": ""}, "run_folder is empty"),
+    # model
+    ({"model.num_layers": 0}, "model.num_layers 0: must be at least 1"),
+    ({"model.num_query_groups": 3}, "model.num_query_groups 3 must divide model.num_attention_heads 4"),
+    ({"model.hidden_size": 130}, "model.hidden_size 130 is not divisible by model.num_attention_heads 4"),
+    ({"model.kv_channels": 33}, "the width of a head is 33"),
+    ({"model.hidden_size": 4}, "the width of a head is 1"),
+    ({"model.attention_dropout": 1.0}, "model.attention_dropout 1.0: a probability"),
+    ({"model.norm_epsilon": 0.0}, "model.norm_epsilon 0.0: must be above 0"),
+    # mixture
+    (
+        {"moe.moe_router_topk": 5},
+        "moe.moe_router_topk 5 is more than the 4 experts (prose, code, math, seed)",
+    ),
+    ({"moe.moe_router_topk": 0}, "moe.moe_router_topk 0: must be at least 1"),
+    ({"moe.moe_router_topk": 1}, "set moe_router_pre_softmax: true (Switch) or moe_router_topk >= 2"),
+    ({"moe.moe_aux_loss_coeff": -0.1}, "moe.moe_aux_loss_coeff -0.1: must be at least 0"),
+    ({"mix.router_std": 0.0}, "mix.router_std 0.0: must be above 0"),
+    # stages
+    (
+        {"stages.experts.maths": {}},
+        "stages.experts.maths: no such domain; data.domains has prose, code, math",
+    ),
+    ({"stages.seed.training.train_iters": None}, "stages.seed.training.train_iters is missing"),
+    ({"stages.experts.math.training.train_iters": 0}, "stages.experts.math.training.train_iters 0: must be"),
+    ({"stages.finetune.blend": {"codes": 1.0}}, "stages.finetune.blend.codes: no such domain"),
+    ({"stages.finetune.blend": {"code": -1.0}}, "stages.finetune.blend.code -1.0: a weight is a number"),
+    ({"stages.finetune.blend": {"code": 0.0}}, "stages.finetune.blend: all weights are 0"),
+    (
+        {"stages.seed.layout.data_parallel_size": 3},
+        "stages.seed.training.global_batch_size 8 is not divisible by micro_batch_size 1 x "
+        "data_parallel_size 3 = 3; make it a multiple of 3",
+    ),
+    ({"training.lr": 0.0}, "stages.seed.training.lr 0.0: must be above 0"),
+    ({"training.lr": float("nan")}, "stages.seed.training.lr nan: must be above 0"),
+    ({"training.min_lr": 1.0}, "stages.seed.training.min_lr 1.0 is above lr 0.0001"),
+    (
+        {"training.lr_warmup_iters": 10},
+        "stages.seed.training.lr_warmup_iters 10 must be below train_iters 10",
+    ),
+    ({"training.adam_beta2": 1.0}, "stages.seed.training.adam_beta2 1.0: must be at least 0 and below 1"),
+    ({"stages.dense.training.lr_warmup_iters": 10}, "stages.dense.training.lr_warmup_iters 10 must be below"),
+    ({"evaluate.micro_batch_size": 0}, "evaluate.micro_batch_size 0: must be at least 1"),
+    ({"launch.threads_per_rank": -1}, "launch.threads_per_rank -1: must be at least 0"),
+    # layouts
+    (
+        {"stages.seed.layout.data_parallel_size": 0},
+        "stages.seed.layout.data_parallel_size 0: must be at least 1",
+    ),
+    (
+        {"stages.experts.math.layout.tensor_model_parallel_size": 3},
+        "stages.experts.math.layout.tensor_model_parallel_size 3 must divide model.num_attention_heads 4",
+    ),
+    (
+        {"stages.seed.layout": TP2, "model.ffn_hidden_size": 333},
+        "stages.seed.layout.tensor_model_parallel_size 2 must divide model.ffn_hidden_size 333",
+    ),
+    (
+        {"stages.seed.layout": TP2, "model.make_vocab_size_divisible_by": 1},
+        "stages.seed.layout.tensor_model_parallel_size 2 must divide model.make_vocab_size_divisible_by 1",
+    ),
+    (
+        {
+            "model.num_attention_heads": 12,
+            "model.num_query_groups": 3,
+            "model.hidden_size": 48,
+            "stages.seed.layout": TP2,
+        },
+        "stages.seed.layout.tensor_model_parallel_size 2 must divide model.num_query_groups 3, or be",
+    ),
+    (
+        {"stages.seed.layout.pipeline_model_parallel_size": 3},
+        "stages.seed.layout.pipeline_model_parallel_size 3 must divide model.num_layers 4",
+    ),
+    ({"stages.seed.layout.sequence_parallel": True}, "stages.seed.layout.sequence_parallel true needs"),
+    (
+        {"model.seq_length": 255, "stages.seed.layout": TP2 | {"sequence_parallel": True}},
+        "stages.seed.layout.sequence_parallel: tensor_model_parallel_size 2 must divide model.seq_length 255",
+    ),
+    (
+        {"stages.seed.layout.overlap_param_gather": True},
+        "stages.seed.layout.overlap_param_gather needs use_distributed_optimizer: true",
+    ),
+    (
+        {"stages.seed.layout.expert_model_parallel_size": 2},
+        "stages.seed.layout.expert_model_parallel_size 2: this stage trains a dense model",
+    ),
+    (
+        {"stages.experts.code.layout.expert_tensor_parallel_size": 2},
+        "stages.experts.code.layout.expert_tensor_parallel_size 2: this stage trains a dense model",
+    ),
+    (
+        {"stages.finetune.layout": {"expert_model_parallel_size": 3, "data_parallel_size": 3}},
+        "stages.finetune.layout.expert_model_parallel_size 3 must divide the number of experts 4",
+    ),
+    (
+        {"stages.finetune.layout.expert_model_parallel_size": 2},
+        "stages.finetune.layout: tensor_model_parallel_size 1 x data_parallel_size 1 = 1 ranks are not "
+        "divisible by expert_tensor_parallel_size 1 x expert_model_parallel_size 2 = 2",
+    ),
+    (
+        {"stages.finetune.layout": {"expert_tensor_parallel_size": 5, "data_parallel_size": 5}},
+        "stages.finetune.layout.expert_tensor_parallel_size 5 must divide model.ffn_hidden_size 384",
+    ),
+    (
+        {"stages.finetune.layout": TP2},
+        "stages.finetune.layout.tensor_model_parallel_size 2: a mixture of experts under tensor parallelism "
+        "needs sequence_parallel: true",
+    ),
+    ({"evaluate.layout": TP2}, "evaluate.layout.tensor_model_parallel_size 2: a mixture of experts under"),
+    (
+        {"evaluate.layout.pipeline_model_parallel_size": 3},
+        "evaluate.layout.pipeline_model_parallel_size 3 must",
+    ),
+]
+
+
+def put(tree: Any, key: str, value: Any) -> None:
+    """Set ``a.0.b`` in a tree of lists and mappings."""
+    *path, last = key.split(".")
+    for part in path:
+        tree = tree[int(part)] if isinstance(tree, list) else tree.setdefault(part, {})
+    tree[last] = value
+
+
+def changed(changes: dict[str, Any]) -> dict[str, Any]:
+    tree = copy.deepcopy(GOOD)
+    for key, value in changes.items():
+        put(tree, key, value)
+    if any(key.startswith("stages.dense.training.lr_warmup") for key in changes):
+        tree["stages"]["dense"]["training"]["train_iters"] = 10
+    return tree
+
+
+def load(tmp_path: Path, tree: dict[str, Any], *overrides: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return load_recipe(path, list(overrides))
+
+
+def test_the_good_recipe_is_good(tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD).expert_names == ["prose", "code", "math", "seed"]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES, ids=[message[:50] for _, message in MISTAKES])
+def test_each_mistake_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, changed(changes))
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path / 'recipe.yaml'}: ")
+    assert message in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"moe.moe_router_topk": 1, "moe.moe_router_pre_softmax": True},
+        {"model.num_query_groups": 1, "stages.seed.layout": TP2},  # fewer groups than TP: shared
+        {"stages.finetune.layout": {"data_parallel_size": 2, "expert_model_parallel_size": 2}},
+        {
+            "stages.finetune.layout": TP2
+            | {"expert_tensor_parallel_size": 1, "expert_model_parallel_size": 2, "sequence_parallel": True}
+        },
+        {"baselines": [], "stages.dense.layout.tensor_model_parallel_size": 3},  # not trained, not checked
+        {"model.kv_channels": 32, "model.hidden_size": 100},
+        {"mix.include_seed": False, "moe.moe_router_topk": 3},
+    ],
+)
+def test_what_is_allowed(tmp_path: Path, changes: dict[str, Any]) -> None:
+    load(tmp_path, changed(changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: {}", "unknown key 'modle'; did you mean 'model'?"),
+        ("model: {num_layer: 3}", "unknown key 'model.num_layer'; did you mean 'num_layers'?"),
+        ("model: {num_layers: many}", "key 'model.num_layers'"),
+        ("mix: {average: median}", "key 'mix.average'"),
+        ("a: [1, 2", "broken YAML"),
+        ("- 1", "a recipe is a mapping of keys, this is a list"),
+        ("", "data.domains is empty"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such recipe file"):
+        load_recipe(tmp_path / "nowhere.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9t\xe9")
+    with pytest.raises(UserError, match=r"latin.yaml: not UTF-8 text \(byte 6\)"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+def test_overrides(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD, "training.lr=0.5", "stages.experts.math.training.lr=0.25")
+    assert recipe.stage("seed").training.lr == 0.5
+    assert recipe.stage("expert:math").training.lr == 0.25
+    for override, message in (
+        ("training.lr", "override 'training.lr': write it as key.sub=value"),
+        ("training.learning_rate=1", "unknown key 'training.learning_rate'"),
+        ("training.lr=fast", "key 'training.lr'"),
+        ("training.lr=0", "stages.seed.training.lr 0.0: must be above 0"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            load(tmp_path, GOOD, override)
+
+
+def test_stages_inherit_and_paths_start_at_the_recipe(tmp_path: Path) -> None:
+    tree = changed({"training.lr": 0.5, "stages.seed.training": {"train_iters": 7}})
+    recipe = load(tmp_path, tree)
+    assert (recipe.stages.seed.training.lr, recipe.stages.seed.training.train_iters) == (0.5, 7)
+    assert recipe.stage("expert:code").training.train_iters == 10
+    assert recipe.data.domains[0].sources[0].path == str(tmp_path / "text")
+
+
+def test_dense_takes_as_many_tokens_as_experts_and_moe_stage(tmp_path: Path) -> None:
+    tree = changed(
+        {
+            "stages.dense.training": {"train_iters": None, "global_batch_size": 24},
+            "stages.experts.math.training": {"train_iters": 11},
+        }
+    )
+    recipe = load(tmp_path, tree)
+    spent = 10 + 10 + 11 + 10  # steps of 8 samples
+    assert recipe.stages.dense.training.train_iters == -(-spent * 8 // 24) == 14
+    assert stage_tokens(recipe, "dense") == 14 * 24 * 256 >= spent * 8 * 256
+    assert load_recipe(QUICKSTART).stages.dense.training.train_iters == dense_train_iters(
+        load_recipe(QUICKSTART)
+    )
+
+
+def test_a_resolved_recipe_reads_back_as_itself() -> None:
+    resolved = recipe_to_dict(load_recipe(QUICKSTART))
+    assert recipe_to_dict(parse_recipe(resolved)) == resolved
+
+
+@pytest.mark.skipif(
+    find_spec("transformer_engine") is not None, reason="Transformer Engine is installed here"
+)
+def test_grouped_gemm_needs_transformer_engine(tmp_path: Path) -> None:
+    recipe = load(tmp_path, changed({"moe.moe_grouped_gemm": True}))  # may be planned here, not run
+    with pytest.raises(UserError, match="moe_grouped_gemm true needs Transformer Engine"):
+        check_machine(recipe)
+
+
+numbers = st.one_of(st.integers(-2, 16), st.sampled_from([32, 48, 64, 128, 1000]))
+layout_keys = st.sampled_from(
+    [
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "data_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+    ]
+)
+model_keys = st.sampled_from(
+    ["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(model_keys, numbers, max_size=3),
+    st.dictionaries(layout_keys, numbers, max_size=3),
+    st.sampled_from(["seed", "finetune", "expert:code", "evaluate"]),
+    st.booleans(),
+)
+def test_numbers_are_refused_politely_or_divide(
+    model: dict[str, int], layout: dict[str, int], stage: str, sequence_parallel: bool
+) -> None:
+    """Whatever the numbers: a UserError, or a layout whose shards are whole."""
+    recipe = copy.deepcopy(BASE)
+    for key, value in model.items():
+        setattr(recipe.model, key, value)
+    target = recipe.evaluate.layout if stage == "evaluate" else recipe.stage(stage).layout
+    target.sequence_parallel = sequence_parallel
+    for key, value in layout.items():
+        setattr(target, key, value)
+    try:
+        check_recipe(recipe, "here")
+    except UserError:
+        return
+    tp, ep = target.tensor_model_parallel_size, target.expert_model_parallel_size
+    groups = recipe.model.num_query_groups or recipe.model.num_attention_heads
+    assert (
+        recipe.model.num_attention_heads % tp
+        == recipe.model.num_layers % target.pipeline_model_parallel_size
+        == 0
+    )
+    assert recipe.model.num_attention_heads % groups == 0
+    assert min(groups % tp, tp % groups) == 0
+    experts = (target.expert_tensor_parallel_size or tp) * ep
+    assert (tp * target.data_parallel_size) % experts == 0 or stage not in ("finetune", "evaluate")
+    assert len(recipe.expert_names) % ep == 0
+
+
+BASE = parse_recipe(GOOD)
+
+
+def test_parameter_counts_by_hand() -> None:
+    model = Model(
+        num_layers=2,
+        hidden_size=8,
+        ffn_hidden_size=12,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=6,
+    )
+    attention = 8 * 24 + 2 * 8 * 12 + 24 * 8
+    feed_forward = 3 * 8 * 12
+    shared = 2 * 100 * 8 + 8 + 2 * (attention + 2 * 8)
+    counts = parameter_counts(model, vocab_size=100, num_experts=4, topk=2)
+    assert counts.dense == shared + 2 * feed_forward
+    assert counts.moe_total == shared + 2 * (4 * feed_forward + 8 * 4)
+    assert counts.moe_active == shared + 2 * (2 * feed_forward + 8 * 4)
+    model.untie_embeddings_and_output_weights = False
+    assert parameter_counts(model, 100, 4, 2).dense == counts.dense - 100 * 8
+
+
+def test_parameter_counts_of_the_paper() -> None:
+    """Llama-2 7B; four experts, top-2: 11.1B active, 19.7B in all (paper, section 4.1)."""
+    llama = Model(num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32)
+    counts = parameter_counts(llama, vocab_size=32000, num_experts=4, topk=2)
+    assert counts.dense == 6_738_415_616
+    assert round(counts.moe_active / 1e9, 1) == 11.1
+    assert round(counts.moe_total / 1e9, 1) == 19.7

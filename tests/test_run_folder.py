@@ -1,0 +1,259 @@
+"""The run folder: who may work in it, what is published and when, and what a manifest says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from btx_megatron.errors import UserError
+from btx_megatron.manifest import Manifest, fingerprint, make_manifest, read_manifest
+from btx_megatron.pipeline import command_of, input_fingerprints, stages_of, stages_to_run
+from btx_megatron.recipe import Recipe, parse_recipe, recipe_to_dict
+from btx_megatron.run_folder import RunFolder, first_difference, stage_folder
+
+ROOT = Path(__file__).parents[1]
+RECIPE = parse_recipe(
+    {
+        "data": {"domains": [{"name": n, "sources": [{"name": "s", "path": "x"}]} for n in ("a", "b")]},
+        "training": {"train_iters": 1},
+    }
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def other_recipe(**changes: object) -> Recipe:
+    """The recipe with ``a__b=value`` changed."""
+    recipe = copy.deepcopy(RECIPE)
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        target = recipe
+        for name in path:
+            target = getattr(target, name)
+        setattr(target, last, value)
+    return recipe
+
+
+def publish(run: RunFolder, stage: str, inputs: dict[str, str] | None = None, made: str = "x") -> Manifest:
+    run.work(stage).mkdir(parents=True)
+    (run.work(stage) / "weights").write_text(made)
+    manifest = make_manifest(stage, recipe_to_dict(RECIPE), inputs or {}, {"made": made}, None, 1.5)
+    run.publish(manifest)
+    return manifest
+
+
+# who may work in it
+
+
+def test_the_recipe_is_written_first_and_reads_back(run: RunFolder) -> None:
+    with run.open(RECIPE):
+        assert sorted(os.listdir(run.path)) == [".lock", "recipe.yaml"]
+    read = run.recipe()
+    assert read.run_folder == str(run.path)
+    assert first_difference(recipe_to_dict(read), recipe_to_dict(RECIPE)) is None
+
+
+def test_another_recipe_is_refused_by_its_first_differing_key(run: RunFolder) -> None:
+    with run.open(RECIPE):
+        pass
+    other = other_recipe(model__num_layers=8, stages__seed__training__lr=1.0)
+    with pytest.raises(UserError) as caught, run.open(other):
+        pass
+    assert str(caught.value) == (
+        f"{run.path} was made by another recipe: model.num_layers is 4 there and 8 here; "
+        "set it back, or give another run_folder"
+    )
+
+
+def test_what_does_not_change_results_may_differ(run: RunFolder) -> None:
+    with run.open(RECIPE):
+        pass
+    other = other_recipe(
+        run_folder="elsewhere",
+        launch__max_parallel_experts=1,
+        launch__threads_per_rank=3,
+        data__num_workers=4,
+        training__log_interval=1,
+        stages__seed__training__save_interval=5,
+        stages__finetune__training__save_total_limit=5,
+    )
+    with run.open(other):
+        pass
+
+
+def test_added_and_removed_list_items_are_differences() -> None:
+    shorter = copy.deepcopy(RECIPE)
+    shorter.data.domains.pop()
+    old, new = recipe_to_dict(RECIPE), recipe_to_dict(shorter)
+    assert first_difference(old, new) == ("data.domains[1].name", "b", "absent")
+    assert first_difference(new, old) == ("data.domains[1].name", "absent", "b")
+
+
+values = st.recursive(
+    st.none() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(st.dictionaries(st.sampled_from("xyz"), values), st.dictionaries(st.sampled_from("xyz"), values))
+def test_a_difference_is_found_if_and_only_if_there_is_one(old: dict[str, Any], new: dict[str, Any]) -> None:
+    assert (first_difference(old, new) is None) == (old == new)
+
+
+def test_a_folder_of_other_things_is_left_alone(run: RunFolder) -> None:
+    run.path.mkdir()
+    (run.path / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"is not empty \(thesis.tex\) and no run of btx"), run.open(RECIPE):
+        pass
+    assert os.listdir(run.path) == ["thesis.tex"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="Not a directory; give a run_folder"):
+        RunFolder(tmp_path / "file" / "run").open(RECIPE).__enter__()
+
+
+def test_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not a run folder, it has no recipe.yaml"):
+        RunFolder(tmp_path).recipe()
+    (tmp_path / "recipe.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="broken"):
+        RunFolder(tmp_path).recipe()
+
+
+def test_the_lock_is_one_processes_and_ends_with_it(run: RunFolder) -> None:
+    with run.open(RECIPE):
+        assert run.is_locked()
+        with pytest.raises(UserError, match="another btx is running here"), RunFolder(run.path).open(RECIPE):
+            pass
+    assert not run.is_locked()
+    code = "import fcntl, os, sys; file = open(sys.argv[1], 'a'); "
+    code += "fcntl.flock(file, fcntl.LOCK_EX); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, str(run.path / ".lock")], check=False)
+    with run.open(RECIPE):
+        pass
+
+
+# what is published
+
+
+def test_publish_moves_the_whole_folder_at_once(run: RunFolder) -> None:
+    manifest = publish(run, "expert:a")
+    assert run.published("expert:a") == run.path / "experts" / "a"
+    assert sorted(os.listdir(run.published("expert:a"))) == ["manifest.json", "weights"]
+    assert not run.work("expert:a").exists()
+    assert run.manifest("expert:a") == manifest
+    assert run.manifest("expert:b") is None
+
+
+def test_publish_replaces_an_older_result(run: RunFolder) -> None:
+    publish(run, "report", made="old")
+    publish(run, "report", made="new")
+    assert (run.published("report") / "weights").read_text() == "new"
+    assert not list(run.path.rglob("*replaced*"))
+
+
+def test_a_folder_without_manifest_is_not_finished(run: RunFolder) -> None:
+    run.published("seed").mkdir(parents=True)
+    assert run.manifest("seed") is None
+
+
+def test_manifest_fields(run: RunFolder) -> None:
+    manifest = publish(run, "seed", {"prepare": "f" * 64})
+    content = json.loads((run.published("seed") / "manifest.json").read_text())
+    assert content == asdict(manifest)
+    assert content["recipe"] == recipe_to_dict(RECIPE)
+    assert content["duration_seconds"] == 1.5
+    assert content["created"].endswith("+00:00")
+    assert {"python", "btx_megatron"} <= set(content["versions"])
+    assert content["fingerprint"] == fingerprint("seed", {"prepare": "f" * 64}, {"made": "x"})
+
+
+def test_code_commit_is_this_checkouts() -> None:
+    commit = make_manifest("seed", {}, {}, {}, None, 0).code_commit
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    head = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    assert (commit or "").removesuffix("-dirty") == head
+
+
+def test_the_fingerprint_names_stage_inputs_and_outputs_whatever_their_order() -> None:
+    first = fingerprint("s", {"a": "1", "b": "2"}, {"x": 1, "y": 2})
+    assert first == fingerprint("s", {"b": "2", "a": "1"}, {"y": 2, "x": 1})
+    others = [
+        fingerprint("t", {"a": "1", "b": "2"}, {"x": 1, "y": 2}),
+        fingerprint("s", {}, {"x": 1, "y": 2}),
+    ]
+    assert len({first, *others, fingerprint("s", {"a": "1", "b": "2"}, {"x": 1})}) == 4
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "nonsense"])
+def test_a_broken_manifest_is_named(run: RunFolder, text: str) -> None:
+    publish(run, "seed")
+    (run.published("seed") / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest.json: not a manifest; restore it, or delete"):
+        run.manifest("seed")
+
+
+def test_a_manifest_changed_by_hand_is_refused(run: RunFolder) -> None:
+    publish(run, "seed")
+    path = run.published("seed") / "manifest.json"
+    path.write_text(path.read_text().replace('"made": "x"', '"made": "y"'))
+    with pytest.raises(UserError, match="its fingerprint does not match its content"):
+        read_manifest(run.published("seed"))
+
+
+# what is left to do
+
+
+def test_the_graph_is_the_papers_figure() -> None:
+    stages = {stage.name: stage for stage in stages_of(RECIPE)}
+    assert list(stages) == [
+        "prepare", "seed", "expert:a", "expert:b", "mix", "average", "finetune", "dense", "evaluate", "report"
+    ]  # fmt: skip
+    assert stages["expert:b"].inputs == ("prepare", "seed")
+    assert stages["mix"].inputs == stages["average"].inputs == ("expert:a", "expert:b", "seed")
+    assert stages["finetune"].inputs == ("prepare", "mix")
+    seen: set[str] = set()
+    for stage in stages.values():
+        assert set(stage.inputs) <= seen
+        seen.add(stage.name)
+    without_seed = {s.name: s for s in stages_of(other_recipe(mix__include_seed=False, baselines=[]))}
+    assert without_seed["mix"].inputs == ("expert:a", "expert:b")
+    assert "dense" not in without_seed
+
+
+def test_what_to_run_is_what_the_target_still_needs(run: RunFolder) -> None:
+    stages = stages_of(RECIPE)
+    assert stages_to_run(stages, run, {"report"}) == stages
+    assert [s.name for s in stages_to_run(stages, run, {"expert:b"})] == ["prepare", "seed", "expert:b"]
+    for stage in stages[:3]:
+        publish(run, stage.name, input_fingerprints(stage, run))
+    assert [s.name for s in stages_to_run(stages, run, {"mix"})] == ["expert:b", "mix"]
+    for stage in stages[3:]:
+        publish(run, stage.name, input_fingerprints(stage, run))
+    assert stages_to_run(stages, run, {"report"}) == []
+
+
+def test_stage_names_folders_and_commands() -> None:
+    assert stage_folder("prepare") == Path("data")
+    assert stage_folder("expert:math") == Path("experts/math")
+    commands = {stage.name: command_of(stage.name) for stage in stages_of(RECIPE)}
+    assert commands["expert:a"] == "train RECIPE --domain a"
+    assert commands["average"] == "mix RECIPE"
+    assert commands["finetune"] == "finetune RECIPE"
