@@ -162,7 +162,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
-    from btx_megatron.recipe import load_recipe
+    from btx_megatron.recipe_file import load_recipe
 
     return load_recipe(recipe, overrides)
 

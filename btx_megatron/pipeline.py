@@ -12,13 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
 
 from btx_megatron.errors import UserError
+from btx_megatron.job import Task
 from btx_megatron.recipe import SEED, Recipe
 from btx_megatron.run_folder import RunFolder
-
-Task = Literal["prepare", "train", "mix", "average", "evaluate", "report"]
 
 
 @dataclass(frozen=True)

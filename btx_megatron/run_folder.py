@@ -26,7 +26,8 @@ import yaml
 
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import MANIFEST_FILE, Manifest, manifest_text, read_manifest
-from btx_megatron.recipe import Recipe, parse_recipe, recipe_to_dict
+from btx_megatron.recipe import Recipe
+from btx_megatron.recipe_file import parse_recipe, recipe_to_dict
 
 RECIPE_FILE = "recipe.yaml"
 LOCK_FILE = ".lock"

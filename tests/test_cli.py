@@ -13,7 +13,7 @@ import yaml
 
 from btx_megatron import __version__
 from btx_megatron.cli import main
-from btx_megatron.recipe import load_recipe
+from btx_megatron.recipe_file import load_recipe
 from btx_megatron.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]

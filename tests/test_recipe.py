@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from btx_megatron.errors import UserError
 from btx_megatron.estimate import dense_train_iters, parameter_counts, stage_tokens
-from btx_megatron.recipe import Model, Recipe, load_recipe, parse_recipe, recipe_to_dict
+from btx_megatron.recipe import Model, Recipe
 from btx_megatron.recipe_checks import check_machine, check_recipe
+from btx_megatron.recipe_file import load_recipe, parse_recipe, recipe_to_dict
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 

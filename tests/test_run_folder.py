@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import Manifest, fingerprint, make_manifest, read_manifest
 from btx_megatron.pipeline import command_of, input_fingerprints, stages_of, stages_to_run
-from btx_megatron.recipe import Recipe, parse_recipe, recipe_to_dict
+from btx_megatron.recipe import Recipe
+from btx_megatron.recipe_file import parse_recipe, recipe_to_dict
 from btx_megatron.run_folder import RunFolder, first_difference, stage_folder
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from btx_megatron.data.held_out import held_out_windows
-from btx_megatron.launch.job import Job
+from btx_megatron.job import Job
 from btx_megatron.recipe import SEED, Recipe, Stage
 from btx_megatron.runtime import ranks
 from btx_megatron.runtime.progress import Progress

@@ -142,9 +142,8 @@ class LiveDisplay:
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-        name, detail = (
-            TextColumn(f"{{task.{key}}}", markup=False) for key in ("description", "fields[detail]")
-        )
+        name = TextColumn("{task.description}", markup=False)
+        detail = TextColumn("{task.fields[detail]}", markup=False)
         self._bars = Progress(name, BarColumn(), MofNCompleteColumn(), detail, auto_refresh=False)
         self._tasks: dict[str, TaskID] = {}
         self._paces: dict[str, Pace] = {}
@@ -169,6 +168,7 @@ class LiveDisplay:
 
     def end(self, stage: str, outcome: Outcome, seconds: float) -> None:
         self._bars.remove_task(self._tasks.pop(stage))
+        self._bars.refresh()
         pace = self._paces.pop(stage, None)
         self.say(end_line(stage, outcome, seconds, pace.last if pace else None))
 

@@ -17,13 +17,14 @@ from typing import Any
 
 import btx_megatron
 from btx_megatron.errors import StageFailed, Stopped, UserError
+from btx_megatron.job import JOB_FILE, LAUNCH_FILES, LOG_FILE, PASSING_FILES, Job, read_job, write_job
 from btx_megatron.launch.display import Display, layout_text, make_display
-from btx_megatron.launch.job import JOB_FILE, LAUNCH_FILES, LOG_FILE, PASSING_FILES, Job, read_job, write_job
 from btx_megatron.launch.machine import Machine, this_machine
 from btx_megatron.manifest import make_manifest
 from btx_megatron.pipeline import PipelineStage, input_fingerprints, stages_of, stages_to_run
-from btx_megatron.recipe import Recipe, recipe_to_dict
+from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_checks import check_machine
+from btx_megatron.recipe_file import recipe_to_dict
 from btx_megatron.run_folder import RunFolder
 from btx_megatron.runtime.outcome import Outcome
 from btx_megatron.runtime.progress import read_progress
@@ -117,25 +118,20 @@ class _LocalRun:
         self.cores_used: dict[str, int] = {}
         self.gpus_used: dict[str, tuple[str, ...]] = {}
         self.bad_ends: dict[str, Outcome] = {}
+        self.told_of_stop = False
 
     def work_off(self, stages: list[PipelineStage]) -> None:
         """Run the stages; returns when none is left, raises what run_pipeline says."""
         self.waiting = list(stages)
-        told = False
-        while True:
-            for name, (outcome, seconds) in self.supervisor.poll().items():
-                self._end(name, outcome, seconds)
-            if not self.supervisor.stop_signal:
-                self._start_what_fits()
-            elif self.supervisor.running and not told:
-                told = True
-                self.display.say(
-                    f"{self.supervisor.stop_signal}: saving; Ctrl-C (again) stops without saving"
-                )
-            if not self.supervisor.running:
-                break
-            self._show_progress()
+        self._start_what_fits()
+        while self.supervisor.running:
             time.sleep(_SECONDS_BETWEEN_POLLS)
+            ended = self.supervisor.poll()
+            for name, (outcome, seconds) in ended.items():
+                self._end(name, outcome, seconds)
+            if ended and not self.supervisor.stop_signal:
+                self._start_what_fits()
+            self._show_progress()
         self._raise_bad_end()
 
     # starting
@@ -148,7 +144,10 @@ class _LocalRun:
         threads = self._threads(chosen)
         for stage in chosen:
             self.waiting.remove(stage)
-            self._start(stage, threads)
+            try:
+                self._start(stage, threads)
+            except UserError as error:  # of this stage alone: the others go on
+                self.bad_ends[stage.name] = Outcome("user_error", str(error))
 
     def _has_inputs(self, stage: PipelineStage) -> bool:
         return all(self.run.manifest(name) for name in stage.inputs)
@@ -213,6 +212,9 @@ class _LocalRun:
     # watching and ending
 
     def _show_progress(self) -> None:
+        if self.supervisor.stop_signal and not self.told_of_stop:
+            self.told_of_stop = True
+            self.display.say(f"{self.supervisor.stop_signal}: saving; Ctrl-C now stops without saving")
         for name, command in self.supervisor.running.items():
             record = read_progress(command.work_folder)
             if record:

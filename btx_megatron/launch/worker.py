@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_megatron.errors import Stopped
-from btx_megatron.launch.job import CHECKPOINTS, LAUNCH_FILES, Job, read_job
-from btx_megatron.pipeline import Task
+from btx_megatron.job import CHECKPOINTS, LAUNCH_FILES, Job, Task, read_job
 from btx_megatron.runtime.outcome import error_line, write_error, write_result, write_stopped
 from btx_megatron.runtime.parent import die_with_guardian
 from btx_megatron.runtime.progress import Progress

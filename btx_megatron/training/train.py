@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from btx_megatron.errors import Stopped
-from btx_megatron.launch.job import Job
-from btx_megatron.recipe import Stage, recipe_to_dict
+from btx_megatron.job import Job
+from btx_megatron.recipe import Stage
+from btx_megatron.recipe_file import recipe_to_dict
 from btx_megatron.runtime import ranks
 from btx_megatron.runtime.progress import Progress
 from btx_megatron.runtime.stop import stop_requested

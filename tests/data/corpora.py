@@ -6,7 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from btx_megatron.recipe import Recipe, parse_recipe
+from btx_megatron.recipe import Recipe
+from btx_megatron.recipe_file import parse_recipe
 
 
 def small_recipe(**data: Any) -> Recipe:

@@ -12,7 +12,8 @@ from btx_megatron.data.indexed import IndexedTokens
 from btx_megatron.data.prepare import first_bytes, prepare, read_statistics, token_prefix, tokenizer_path
 from btx_megatron.data.tokenizer import Tokenizer
 from btx_megatron.errors import UserError
-from btx_megatron.recipe import Recipe, parse_recipe
+from btx_megatron.recipe import Recipe
+from btx_megatron.recipe_file import parse_recipe
 
 SIDES = ("train", "held_out")
 

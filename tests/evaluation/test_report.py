@@ -25,7 +25,8 @@ from btx_megatron.evaluation.report import (
     write_report,
 )
 from btx_megatron.manifest import make_manifest, manifest_text
-from btx_megatron.recipe import Layout, Recipe, parse_recipe, recipe_to_dict
+from btx_megatron.recipe import Layout, Recipe
+from btx_megatron.recipe_file import parse_recipe, recipe_to_dict
 from btx_megatron.run_folder import stage_folder
 
 LOSSES = {

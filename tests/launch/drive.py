@@ -15,7 +15,7 @@ import fake_worker
 from btx_megatron.errors import StageFailed, Stopped, UserError
 from btx_megatron.launch.local import run_pipeline, run_stages
 from btx_megatron.launch.machine import Machine
-from btx_megatron.recipe import load_recipe
+from btx_megatron.recipe_file import load_recipe
 
 
 def main(arguments: list[str]) -> int:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from btx_megatron.errors import Stopped, UserError
+from btx_megatron.job import Job
 from btx_megatron.launch import worker
-from btx_megatron.launch.job import Job
 from btx_megatron.launch.local import worker_command
 from btx_megatron.runtime.parent import die_with_guardian
 from btx_megatron.runtime.progress import Progress

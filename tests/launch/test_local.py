@@ -22,7 +22,8 @@ from drive import main
 from btx_megatron.errors import UserError
 from btx_megatron.launch.tables import status_text
 from btx_megatron.pipeline import stages_of
-from btx_megatron.recipe import Recipe, load_recipe
+from btx_megatron.recipe import Recipe
+from btx_megatron.recipe_file import load_recipe
 from btx_megatron.run_folder import RunFolder, stage_folder
 
 HERE = Path(__file__).parent

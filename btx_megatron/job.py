@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from btx_megatron.pipeline import Task
-from btx_megatron.recipe import Recipe, parse_recipe, recipe_to_dict
+from btx_megatron.recipe import Recipe
+from btx_megatron.recipe_file import parse_recipe, recipe_to_dict
 from btx_megatron.runtime.progress import PROGRESS_FILE
 from btx_megatron.runtime.stop import STOP_FILE
 from btx_megatron.runtime.stopwatch import DURATION_FILE
+
+Task = Literal["prepare", "train", "mix", "average", "evaluate", "report"]
 
 JOB_FILE = "job.json"
 LOG_FILE = "log.txt"
