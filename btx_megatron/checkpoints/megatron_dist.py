@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from btx_megatron.checkpoints.metadata import chunks_of, overlaps, read_metadata
+from btx_megatron.checkpoints.metadata import Box, Chunk, StoredTensor, dtype_name, overlaps, read_index
 from btx_megatron.checkpoints.names import has_layer_axis, is_weight, split_layer
 from btx_megatron.errors import UserError
 
@@ -57,8 +58,8 @@ def find_checkpoint(path: Path) -> Path:
     tracker = path / TRACKER
     if not tracker.exists():
         raise UserError(f"{path}: no Megatron checkpoint there (neither .metadata nor {TRACKER})")
-    name = tracker.read_text().strip()
-    if name != RELEASE and not name.isdigit():
+    name = tracker.read_text(errors="replace").strip()
+    if name != RELEASE and not name.isdecimal():
         raise UserError(f"{tracker}: holds {name[:40]!r}, not a step or 'release'; correct it")
     folder = path / (RELEASE if name == RELEASE else f"iter_{int(name):07d}")
     if not folder.is_dir():
@@ -71,68 +72,71 @@ class DistCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.folder = find_checkpoint(Path(path))
-        self._metadata = read_metadata(self.folder)
-        self._keys: dict[str, dict[int | None, str]] = {}
-        for key, entry in self._metadata.state_dict_metadata.items():
-            if is_weight(key) and isinstance(entry, TensorStorageMetadata):
+        self._keys: dict[str, dict[int | None, StoredTensor]] = {}
+        for key, stored in read_index(self.folder).items():
+            if is_weight(key):
                 name, layer = split_layer(key)
-                self._keys.setdefault(name, {})[layer] = key
+                self._keys.setdefault(name, {})[layer] = stored
         self.tensors = {name: self._info(name) for name in sorted(self._keys)}
 
     def _info(self, name: str) -> TensorInfo:
         keys = self._keys[name]
-        first = self._metadata.state_dict_metadata[next(iter(keys.values()))]
-        assert isinstance(first, TensorStorageMetadata)
-        shape = tuple(first.size)
-        if None not in keys:
-            if sorted(keys) != list(range(len(keys))):  # type: ignore[type-var]
-                raise UserError(f"{self.folder}: {name} has layers {sorted(keys)}, not 0 to {len(keys) - 1}")  # type: ignore[type-var]
-            shape = (len(keys), *shape)
-        return TensorInfo(shape, first.properties.dtype)
+        first = next(iter(keys.values()))
+        if set(keys) == {None}:
+            return TensorInfo(first.shape, first.dtype)
+        if set(keys) != set(range(len(keys))):
+            layers = ", ".join("all of them" if layer is None else str(layer) for layer in keys)
+            raise UserError(f"{self.folder}: {name} is stored for layers {layers}: neither stacked nor each")
+        for layer, stored in keys.items():
+            if (stored.shape, stored.dtype) != (first.shape, first.dtype):
+                raise UserError(
+                    f"{self.folder}: {name} is {list(first.shape)} {dtype_name(first.dtype)} in one layer and"
+                    f" {list(stored.shape)} {dtype_name(stored.dtype)} in layer {layer}"
+                )
+        return TensorInfo((len(keys), *first.shape), first.dtype)
 
     def read(self, name: str, *index: int) -> Tensor:
         """The weight ``name``, or its part at leading indices (layer, expert).
 
-        Raises UserError for a chunk that is missing, truncated or not a tensor.
+        Raises UserError for a chunk that is missing, truncated, or not what the index says.
         """
         keys = self._keys[name]
         if None in keys:
-            return self._read_key(keys[None], index)
+            return self._read_part(name, keys[None], index)
         if index:
-            return self._read_key(keys[index[0]], index[1:])
-        return torch.stack([self._read_key(keys[layer], ()) for layer in range(len(keys))])
+            return self._read_part(name, keys[index[0]], index[1:])
+        return torch.stack([self._read_part(name, keys[layer], ()) for layer in range(len(keys))])
 
-    def _read_key(self, key: str, index: tuple[int, ...]) -> Tensor:
-        entry = self._metadata.state_dict_metadata[key]
-        assert isinstance(entry, TensorStorageMetadata)
-        shape = (*(1 for _ in index), *entry.size[len(index) :])
-        start = (*index, *(0 for _ in entry.size[len(index) :]))
-        out = torch.empty(shape, dtype=entry.properties.dtype)
+    def _read_part(self, name: str, stored: StoredTensor, index: Box) -> Tensor:
+        rest = stored.shape[len(index) :]
+        shape, start = (*(1 for _ in index), *rest), (*index, *(0 for _ in rest))
+        out = torch.empty(shape, dtype=stored.dtype)
         filled = 0
-        for offset, size, place in chunks_of(self._metadata, key):
-            met = overlaps(offset, size, start, shape)
+        for chunk in stored.chunks:
+            met = overlaps(chunk.offset, chunk.shape, start, shape)
             if met:
-                part = self._load(key, place)[met[0]]
+                part = self._load(name, stored.dtype, chunk)[met[0]]
                 out[met[1]] = part
                 filled += part.numel()
         if filled != out.numel():
-            raise UserError(f"{self.folder}: {key}: {filled} of {out.numel()} values are stored")
-        return out.view(shape[len(index) :])
+            raise UserError(f"{self.folder}: {name}: {filled} of {out.numel()} values are stored")
+        return out.view(rest)
 
-    def _load(self, key: str, place: Any) -> Tensor:
-        path = self.folder / Path(place.relative_path).name  # never outside the checkpoint
+    def _load(self, name: str, dtype: torch.dtype, chunk: Chunk) -> Tensor:
+        path = self.folder / chunk.file
         try:
             with path.open("rb") as file:
-                file.seek(place.offset)
-                block = io.BytesIO(file.read(place.length))
+                file.seek(chunk.start)
+                block = io.BytesIO(file.read(chunk.length))
             tensor = torch.load(block, weights_only=True, map_location="cpu")
+            if (tuple(tensor.shape), tensor.dtype) != (chunk.shape, dtype):
+                raise ValueError("another shape or dtype than the index says")
         except FileNotFoundError:
-            raise UserError(f"{path}: missing, and {key} lies in it; restore it") from None
-        except Exception as error:
+            raise UserError(f"{path}: missing, and {name} lies in it; restore it") from None
+        except Exception as error:  # what is left of a damaged block may raise anything
             reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise UserError(f"{path}: {key} cannot be read ({reason}); the file is damaged") from None
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: {key} is no tensor; the file is damaged")
+            raise UserError(f"{path}: {name} cannot be read ({reason}); the file is damaged") from None
+        assert isinstance(tensor, Tensor)
         return tensor
 
     @property
@@ -156,16 +160,22 @@ class DistWriter:
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
     def add(self, name: str, info: TensorInfo, tensor: Tensor, *index: int) -> None:
-        """Append the part of weight ``name`` at leading indices (layer, expert), or all of it."""
-        offset = torch.Size((*index, *(0 for _ in info.shape[len(index) :])))
-        sizes = torch.Size((*(1 for _ in index), *info.shape[len(index) :]))
+        """Append the part of weight ``name`` at leading indices (layer, expert), or all of it.
+
+        Raises ValueError if ``tensor`` is not that part: nothing is reshaped or converted on the way.
+        """
+        rest = info.shape[len(index) :]
+        if (tuple(tensor.shape), tensor.dtype) != (rest, info.dtype):
+            raise ValueError(f"{name} {list(index)}: {tensor.shape} {tensor.dtype}, not {rest} {info.dtype}")
+        offset = torch.Size((*index, *(0 for _ in rest)))
+        sizes = torch.Size((*(1 for _ in index), *rest))
         entry = self._tensors.setdefault(
             name, TensorStorageMetadata(TensorProperties(dtype=info.dtype), torch.Size(info.shape), [])
         )
         assert isinstance(entry, TensorStorageMetadata)
         number = len(entry.chunks)
         entry.chunks.append(ChunkStorageMetadata(offset, sizes))
-        block = tensor.reshape(sizes).to(info.dtype).contiguous().clone()  # its storage and nothing else
+        block = tensor.detach().reshape(sizes).contiguous().clone()  # its storage and nothing else
         self._places[MetadataIndex(name, offset, number)] = self._append(block)
 
     def _append(self, content: Any) -> _StorageInfo:
@@ -176,7 +186,14 @@ class DistWriter:
         return _StorageInfo(self._name, start, buffer.tell())
 
     def finish(self, common: dict[str, Any]) -> None:
-        """Write what the ranks share (plain values), then the index, to disk."""
+        """Write what the ranks share (plain values), then the index, to disk.
+
+        Raises ValueError for a weight of which parts were not added.
+        """
+        for name, entry in self._tensors.items():
+            assert isinstance(entry, TensorStorageMetadata)
+            if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+                raise ValueError(f"{name}: {len(entry.chunks)} parts do not make {list(entry.size)}")
         self._tensors[_COMMON] = BytesStorageMetadata()
         self._places[MetadataIndex(_COMMON)] = self._append([common])
         self._file.flush()

@@ -2,18 +2,26 @@
 
 torch reads that file with a plain ``pickle.load``, so a checkpoint from a stranger could run any code.
 Here only the handful of classes that the format is made of may be named; anything else stops the load.
+What is read becomes plain values, each one checked, so that a damaged index is found here and not later,
+as an odd error in the middle of a tensor.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from btx_megatron.errors import UserError
 
@@ -39,6 +47,33 @@ _ALLOWED = {
     ),
 }
 
+Box = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stored part of a tensor and where its bytes lie."""
+
+    offset: Box
+    """Its first element, counted from the tensor's origin."""
+    shape: Box
+    file: str
+    """Name of a file in the checkpoint's folder."""
+    start: int
+    """First byte in that file."""
+    length: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the checkpoint, under the key that it has there."""
+
+    shape: Box
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+    """Together they hold as many values as the tensor has."""
+
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
@@ -47,25 +82,61 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """The index of the checkpoint in ``folder``. Raises UserError if it is missing, broken or hostile."""
+def read_index(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of the checkpoint in ``folder``, byte objects left out.
+
+    Raises UserError if the index is missing, broken or hostile, or leaves values of a tensor out.
+    """
     path = folder / ".metadata"
     try:
         metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        if not isinstance(metadata, Metadata):
+            raise TypeError(f"it is a {type(metadata).__name__}")
+        return {
+            str(key): _stored_tensor(metadata, key, entry)
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
     except FileNotFoundError:
         raise UserError(f"{folder}: no torch_dist checkpoint there (no .metadata)") from None
     except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"{path}: not a checkpoint index: {error}; restore the file") from None
-    if not isinstance(metadata, Metadata):
-        raise UserError(f"{path}: not a checkpoint index but a {type(metadata).__name__}; restore the file")
-    return metadata
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"{path}: not a checkpoint index: {reason}; restore the file") from None
+
+
+def _stored_tensor(metadata: Metadata, key: str, entry: TensorStorageMetadata) -> StoredTensor:
+    shape, dtype = _box(entry.size), entry.properties.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{key} has no dtype")
+    chunks = tuple(_chunk(metadata, key, shape, chunk) for chunk in entry.chunks)
+    stored = sum(math.prod(chunk.shape) for chunk in chunks)
+    if stored != math.prod(shape):
+        raise ValueError(f"{key}: {stored} of {math.prod(shape)} values are stored")
+    return StoredTensor(shape, dtype, chunks)
+
+
+def _chunk(metadata: Metadata, key: str, whole: Box, chunk: ChunkStorageMetadata) -> Chunk:
+    offset, shape = _box(chunk.offsets), _box(chunk.sizes)
+    ends = (first + length for first, length in zip(offset, shape, strict=True))
+    if any(end > length for end, length in zip(ends, whole, strict=True)):
+        raise ValueError(f"{key}: the chunk at {list(offset)} sticks out of {list(whole)}")
+    place = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+    if place is None:
+        raise ValueError(f"no file is named for {key} at {list(offset)}")
+    name = Path(place.relative_path).name  # never outside the checkpoint
+    start, length = _box((place.offset, place.length))
+    return Chunk(offset, shape, name, start, length)
+
+
+def _box(numbers: Any) -> Box:
+    box = tuple(numbers)
+    if not all(isinstance(number, int) and number >= 0 for number in box):
+        raise ValueError(f"{box} are not sizes")
+    return box
 
 
 def overlaps(
-    chunk_offset: tuple[int, ...],
-    chunk_shape: tuple[int, ...],
-    start: tuple[int, ...],
-    shape: tuple[int, ...],
+    chunk_offset: Box, chunk_shape: Box, start: Box, shape: Box
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
     """Where a stored chunk meets a wanted box: slices into the chunk, and into the box; None if nowhere.
 
@@ -79,17 +150,6 @@ def overlaps(
         in_chunk.append(slice(low - offset, high - offset))
         in_box.append(slice(low - begin, high - begin))
     return tuple(in_chunk), tuple(in_box)
-
-
-def chunks_of(metadata: Metadata, key: str) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Any]]:
-    """Offset, shape and storage place of each stored chunk of a tensor."""
-    from torch.distributed.checkpoint.metadata import MetadataIndex
-
-    for chunk in metadata.state_dict_metadata[key].chunks:  # type: ignore[union-attr]
-        place = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))  # type: ignore[union-attr]
-        if place is None:
-            raise UserError(f"the checkpoint's index names no file for {key} at {tuple(chunk.offsets)}")
-        yield tuple(chunk.offsets), tuple(chunk.sizes), place
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from btx_megatron.checkpoints.megatron_dist import DistCheckpoint
+from btx_megatron.checkpoints.megatron_dist import TRACKER, DistCheckpoint, find_checkpoint
 from btx_megatron.checkpoints.metadata import dtype_name
 from btx_megatron.checkpoints.names import has_expert_axis
 from btx_megatron.errors import UserError
+from btx_megatron.manifest import read_manifest
 from btx_megatron.mixing.hashes import TensorHash, parts_of
 
 
@@ -68,15 +68,19 @@ def _check_distinct(
 
 def _compare(folder: Path, name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
     for key, value in found.items():
-        if expected[key] != value:
-            raise UserError(f"{folder}: {name}: {key} is {value}, the manifest says {expected[key]}")
+        if expected.get(key) != value:
+            raise UserError(f"{folder}: {name}: {key} is {value}, the manifest says {expected.get(key)}")
 
 
 def _manifest_tensors(folder: Path) -> dict[str, Any] | None:
-    """The table of tensors in the manifest of the stage that the checkpoint belongs to, if there is one."""
+    """The table of tensors in the manifest of the stage that the checkpoint belongs to, if there is one.
+
+    It speaks of the stage's last checkpoint alone, the one that the tracker names.
+    """
+    tracked = (folder.parent / TRACKER).exists()
+    if tracked and find_checkpoint(folder.parent) != folder:
+        return None
     for above in (folder, *folder.parents[:2]):
-        manifest = above / "manifest.json"
-        if manifest.exists():
-            outputs = json.loads(manifest.read_text())["outputs"]
-            return outputs.get("tensors")  # type: ignore[no-any-return]
+        if manifest := read_manifest(above):
+            return manifest.outputs.get("tensors")
     return None

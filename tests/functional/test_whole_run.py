@@ -23,6 +23,7 @@ RECIPE: dict[str, Any] = {
         "domains": [
             {"name": "json", "sources": [{"path": "stdlib:", "include": ["json/*.py", "email/*.py"]}]},
             {"name": "io", "sources": [{"path": "stdlib:", "include": ["asyncio/*.py"]}]},
+            {"name": "xml", "sources": [{"path": "stdlib:", "include": ["xml/**/*.py"]}]},
         ],
     },
     "tokenizer": {"vocab_size": 512},
@@ -56,7 +57,7 @@ RECIPE: dict[str, Any] = {
     "baselines": [],
     "evaluate": {"layout": TWO_RANKS},
 }
-TRAINED = ("seed", "experts/json", "experts/io", "finetune")
+TRAINED = ("seed", "experts/json", "experts/io", "experts/xml", "finetune")
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +121,12 @@ def test_every_stage_is_published(whole: Path) -> None:
         assert len(manifest["fingerprint"]) == 64
         assert manifest["duration_seconds"] > 0
     summary = json.loads((whole / "report" / "summary.json").read_text())
-    rows = ["seed", "expert:json", "expert:io", "average", "merged", "btx"]
+    rows = ["seed", "expert:json", "expert:io", "expert:xml", "average", "merged", "btx"]
     assert list(summary["held_out_loss"]) == rows
-    assert summary["tokens"]["btx"] == (60 + 150 + 60) * 4 * 64
+    assert summary["tokens"]["btx"] == (60 + 150 + 60 + 60) * 4 * 64
     for row in rows:
         values = summary["held_out_loss"][row]
-        assert values["mean"] == pytest.approx((values["json"] + values["io"]) / 2)
+        assert values["mean"] == pytest.approx((values["json"] + values["io"] + values["xml"]) / 3)
         assert 1 < values["mean"] < 6.3  # better than a uniform guess over 512 pieces
 
 
