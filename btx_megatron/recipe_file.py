@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def parse_recipe(tree: DictConfig | dict[str, Any], where: str = "recipe") -> Re
         stages["experts"] = dict.fromkeys(names, inherited)
         evaluate = {key: value for key, value in inherited.items() if key == "layout"}
         defaults = OmegaConf.create({"stages": stages, "evaluate": evaluate})
-        recipe = OmegaConf.to_object(OmegaConf.merge(typed_schema, defaults, tree))
+        recipe = OmegaConf.to_object(OmegaConf.unsafe_merge(typed_schema, defaults, tree))  # used up
     except OmegaConfBaseException as error:
         raise UserError(f"{where}: {_explain(error)}") from None
     except (AttributeError, TypeError, ValueError) as error:
@@ -78,7 +79,7 @@ def parse_recipe(tree: DictConfig | dict[str, Any], where: str = "recipe") -> Re
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """The whole recipe as plain values, defaults and inherited values filled in."""
-    return OmegaConf.to_container(OmegaConf.structured(recipe))  # type: ignore[return-value]
+    return asdict(recipe)
 
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> None:

