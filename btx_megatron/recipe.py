@@ -182,6 +182,20 @@ class Layout:
         """Number of ranks, one process each."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
 
+    def __str__(self) -> str:
+        """``TP2 SP``, ``DP2 EP2``, ``1 rank``, ...: the parts that are not the default."""
+        sizes = {
+            "TP": self.tensor_model_parallel_size,
+            "PP": self.pipeline_model_parallel_size,
+            "DP": self.data_parallel_size,
+            "EP": self.expert_model_parallel_size,
+            "ETP": self.expert_tensor_parallel_size or 1,
+        }
+        parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        parts += ["SP"] if self.sequence_parallel else []
+        parts += ["distributed optimizer"] if self.use_distributed_optimizer else []
+        return " ".join(parts) or "1 rank"
+
 
 @dataclass
 class Training:

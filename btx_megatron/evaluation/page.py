@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_megatron.manifest import Manifest
-from btx_megatron.recipe import Layout, Recipe
+from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_checks import training_stages
 
 Losses = dict[str, dict[str, float]]
@@ -117,24 +117,8 @@ def stage_table(recipe: Recipe, manifests: dict[str, Manifest]) -> str:
         layout = recipe.stage(stage).layout if stage in trained else None
         layout = recipe.evaluate.layout if stage == "evaluate" else layout
         tokens = f"{manifest.tokens:,}" if manifest.tokens else ""
-        lines.append(
-            [stage, layout_text(layout) if layout else "", tokens, f"{manifest.duration_seconds:.1f}"]
-        )
+        lines.append([stage, str(layout) if layout else "", tokens, f"{manifest.duration_seconds:.1f}"])
     return _table(["stage", "layout", "training tokens", "seconds"], lines, texts=2)
-
-
-def layout_text(layout: Layout) -> str:
-    """A layout in the field's abbreviations, such as ``TP=2 + SP``."""
-    sizes = {
-        "TP": layout.tensor_model_parallel_size,
-        "PP": layout.pipeline_model_parallel_size,
-        "DP": layout.data_parallel_size,
-        "EP": layout.expert_model_parallel_size,
-    }
-    parts = [f"{name}={size}" for name, size in sizes.items() if size > 1]
-    parts += ["SP"] if layout.sequence_parallel else []
-    parts += ["distributed optimizer"] if layout.use_distributed_optimizer else []
-    return " + ".join(parts) or "one process"
 
 
 def environment_text(manifest: Manifest) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from btx_megatron.recipe import Layout
 from btx_megatron.runtime.outcome import Outcome
 from btx_megatron.runtime.progress import ProgressRecord
 
@@ -76,21 +75,6 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def layout_text(layout: Layout) -> str:
-    """``TP2 SP``, ``DP2 EP2``, ``1 rank``, ...: the parts of a layout that are not the default."""
-    sizes = {
-        "TP": layout.tensor_model_parallel_size,
-        "PP": layout.pipeline_model_parallel_size,
-        "DP": layout.data_parallel_size,
-        "EP": layout.expert_model_parallel_size,
-        "ETP": layout.expert_tensor_parallel_size or 1,
-    }
-    parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
-    parts += ["SP"] if layout.sequence_parallel else []
-    parts += ["distributed optimizer"] if layout.use_distributed_optimizer else []
-    return " ".join(parts) or "1 rank"
 
 
 def end_line(stage: str, outcome: Outcome, seconds: float, last: ProgressRecord | None) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import btx_megatron
 from btx_megatron.errors import StageFailed, Stopped, UserError
 from btx_megatron.job import JOB_FILE, LAUNCH_FILES, LOG_FILE, PASSING_FILES, Job, read_job, write_job
-from btx_megatron.launch.display import Display, layout_text, make_display
+from btx_megatron.launch.display import Display, make_display
 from btx_megatron.launch.machine import Machine, this_machine
 from btx_megatron.manifest import make_manifest
 from btx_megatron.pipeline import PipelineStage, input_fingerprints, stages_of, stages_to_run
@@ -293,5 +293,5 @@ def _free_port() -> int:
 
 def _detail(recipe: Recipe, stage: PipelineStage) -> str:
     if stage.task == "train":
-        return layout_text(recipe.stage(stage.name).layout)
-    return layout_text(recipe.evaluate.layout) if stage.task == "evaluate" else "1 process"
+        return str(recipe.stage(stage.name).layout)
+    return str(recipe.evaluate.layout) if stage.task == "evaluate" else "1 process"

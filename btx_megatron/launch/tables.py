@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from btx_megatron.estimate import recipe_parameter_counts, stage_tokens
-from btx_megatron.launch.display import clock, layout_text
+from btx_megatron.launch.display import clock
 from btx_megatron.pipeline import PipelineStage, stages_of
 from btx_megatron.recipe import Recipe
 from btx_megatron.run_folder import RunFolder
@@ -33,8 +33,8 @@ def _plan_row(recipe: Recipe, stage: PipelineStage) -> list[str]:
     if stage.task == "train":
         settings = recipe.stage(stage.name)
         steps, tokens = f"{settings.training.train_iters:,}", f"{stage_tokens(recipe, stage.name):,}"
-        return [stage.name, reads, layout_text(settings.layout), str(stage.ranks), steps, tokens]
-    layout = layout_text(recipe.evaluate.layout) if stage.task == "evaluate" else "-"
+        return [stage.name, reads, str(settings.layout), str(stage.ranks), steps, tokens]
+    layout = str(recipe.evaluate.layout) if stage.task == "evaluate" else "-"
     return [stage.name, reads or "-", layout, str(stage.ranks), "-", "-"]
 
 

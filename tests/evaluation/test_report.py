@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from btx_megatron.errors import UserError
-from btx_megatron.evaluation.page import layout_text, verdict
+from btx_megatron.evaluation.page import verdict
 from btx_megatron.evaluation.pictures import curve_starts, draw_routing, running_mean
 from btx_megatron.evaluation.report import (
     read_evaluation,
@@ -25,7 +25,7 @@ from btx_megatron.evaluation.report import (
     write_report,
 )
 from btx_megatron.manifest import make_manifest, manifest_text
-from btx_megatron.recipe import Layout, Recipe
+from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_file import parse_recipe, recipe_to_dict
 from btx_megatron.run_folder import stage_folder
 
@@ -222,9 +222,3 @@ def test_a_large_model_can_be_drawn(tmp_path: Path) -> None:
     names = [f"d{i}" for i in range(8)]
     draw_routing({"share": share, "domains": names, "experts": [*names, "seed"]}, tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 10_000
-
-
-def test_layout_in_the_fields_words() -> None:
-    assert layout_text(Layout()) == "one process"
-    both = Layout(data_parallel_size=2, expert_model_parallel_size=2, use_distributed_optimizer=True)
-    assert layout_text(both) == "DP=2 + EP=2 + distributed optimizer"

@@ -8,7 +8,7 @@ import pytest
 
 from btx_megatron.errors import UserError
 from btx_megatron.launch import machine
-from btx_megatron.launch.display import Pace, PlainDisplay, clock, end_line, layout_text
+from btx_megatron.launch.display import Pace, PlainDisplay, clock, end_line
 from btx_megatron.launch.machine import Machine, this_machine
 from btx_megatron.launch.tables import columns
 from btx_megatron.pipeline import PipelineStage
@@ -75,6 +75,6 @@ def test_plain_display_speaks_at_start_end_and_every_half_minute(
 def test_texts() -> None:
     assert [clock(s) for s in (0, 59.6, 3599, 3600)] == ["0:00", "1:00", "59:59", "1:00:00"]
     assert end_line("a", Outcome("failed", "ValueError: x"), 5, None) == "a: failed after 0:05: ValueError: x"
-    assert layout_text(Layout()) == "1 rank"
-    assert layout_text(Layout(tensor_model_parallel_size=2, sequence_parallel=True)) == "TP2 SP"
+    assert str(Layout()) == "1 rank"
+    assert str(Layout(tensor_model_parallel_size=2, sequence_parallel=True)) == "TP2 SP"
     assert columns([["a", "bb"], ["ccc", "d"]], right=(1,)) == "a    bb\nccc   d"
