@@ -53,7 +53,9 @@ LAYOUTS = {
         "TP2+SP+EP2": replace(TP2_SP, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
         "PP2": PP2,
     },
+    "switch": {"EP2": EP2, "TP2+SP": TP2_SP},
 }
+BALANCING = {"dense": "none", "moe": "btx", "switch": "aux_loss"}
 
 
 class RandomSamples:
@@ -79,12 +81,12 @@ class Run:
 
         model = replace(MODEL, hidden_dropout=options.get("dropout", 0.0))
         self.training = replace(TRAINING, bf16=options.get("bf16", False))
-        moe = Moe(moe_router_load_balancing_type=options.get("balancing", "btx"))
+        moe = Moe(moe_router_load_balancing_type=BALANCING[kind])
         self.trainer = Trainer(
             Recipe(model=model, training=self.training, moe=moe),
             Stage(training=self.training, layout=layout),
             padded_vocab_size=VOCABULARY,
-            num_experts=EXPERTS if kind == "moe" else None,
+            num_experts=None if kind == "dense" else EXPERTS,
         )
         t = self.trainer
         self.state = TrainingState(t.model, t.optimizer, t.scheduler, layout)
