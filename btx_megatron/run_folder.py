@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from btx_megatron.durable import sync, sync_tree, write_durably
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import MANIFEST_FILE, Manifest, manifest_text, read_manifest
 from btx_megatron.recipe import Recipe
@@ -131,13 +132,13 @@ class RunFolder:
         """Turn a stage's work folder into the finished stage; an older result of it is replaced."""
         work, target = self.work(manifest.stage), self.published(manifest.stage)
         write_durably(work / MANIFEST_FILE, manifest_text(manifest))
-        _sync_tree(work)
+        sync_tree(work)
         target.parent.mkdir(parents=True, exist_ok=True)
         replaced = work.with_name(f".{work.name}.replaced")
         if target.exists():
             os.rename(target, replaced)
         os.rename(work, target)
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _refuse_foreign_files(self) -> None:
@@ -178,29 +179,3 @@ def _try_lock(file: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file so that after a crash it is whole or the one before."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(folder: Path) -> None:
-    for root, _, files in os.walk(folder, topdown=False):
-        for name in files:
-            _sync(Path(root, name))
-        _sync(Path(root))

@@ -24,6 +24,7 @@ FLOORS = [
     {"recipe_checks"},
     {"estimate"},
     {"recipe"},
+    {"durable"},
     {"errors"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -34,10 +34,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from btx_megatron.checkpoints.metadata import Box, Chunk, StoredTensor, dtype_name, overlaps, read_index
 from btx_megatron.checkpoints.names import has_layer_axis, is_weight, split_layer
+from btx_megatron.checkpoints.tracker import find_checkpoint
+from btx_megatron.durable import write_durably
 from btx_megatron.errors import UserError
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
 _COMMON = "common_state/shard_0_1"
 
 
@@ -47,24 +47,6 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The folder with the tensors: ``path`` itself, or the one that its tracker names."""
-    if (path / ".metadata").exists():
-        return path
-    if (path / "checkpoints" / TRACKER).exists():  # a stage of a run
-        path = path / "checkpoints"
-    tracker = path / TRACKER
-    if not tracker.exists():
-        raise UserError(f"{path}: no Megatron checkpoint there (neither .metadata nor {TRACKER})")
-    name = tracker.read_text(errors="replace").strip()
-    if name != RELEASE and not name.isdecimal():
-        raise UserError(f"{tracker}: holds {name[:40]!r}, not a step or 'release'; correct it")
-    folder = path / (RELEASE if name == RELEASE else f"iter_{int(name):07d}")
-    if not folder.is_dir():
-        raise UserError(f"{tracker}: names {folder.name}, which is not there; correct the tracker")
-    return folder
 
 
 class DistCheckpoint:
@@ -202,20 +184,6 @@ class DistWriter:
         metadata = Metadata(
             self._tensors, planner_data={}, storage_data=self._places, storage_meta=StorageMeta()
         )
-        _write_durably(self.folder / ".metadata", pickle.dumps(metadata))
+        write_durably(self.folder / ".metadata", pickle.dumps(metadata))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        _write_durably(self.folder / "metadata.json", json.dumps(config).encode())
-
-
-def write_tracker(folder: Path, name: str) -> None:
-    """Say which checkpoint of ``folder`` is the latest; last of all."""
-    _write_durably(folder / TRACKER, name.encode())
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        write_durably(self.folder / "metadata.json", json.dumps(config).encode())

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from btx_megatron.checkpoints.megatron_dist import RELEASE, DistCheckpoint, DistWriter, write_tracker
+from btx_megatron.checkpoints.megatron_dist import DistCheckpoint, DistWriter
 from btx_megatron.checkpoints.metadata import dtype_name
 from btx_megatron.checkpoints.names import has_layer_axis
+from btx_megatron.checkpoints.tracker import RELEASE, write_tracker
 from btx_megatron.errors import UserError
 from btx_megatron.mixing.average import mean
 from btx_megatron.mixing.hashes import TensorHash

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from btx_megatron.checkpoints.megatron_dist import TRACKER, DistCheckpoint, find_checkpoint
+from btx_megatron.checkpoints.megatron_dist import DistCheckpoint
 from btx_megatron.checkpoints.metadata import dtype_name
 from btx_megatron.checkpoints.names import has_expert_axis
+from btx_megatron.checkpoints.tracker import TRACKER, find_checkpoint
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import read_manifest
 from btx_megatron.mixing.hashes import TensorHash, parts_of

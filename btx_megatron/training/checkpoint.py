@@ -10,7 +10,6 @@ layout is the same, for there alone they mean the same.
 
 from __future__ import annotations
 
-import os
 import queue
 import re
 import shutil
@@ -26,12 +25,18 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from btx_megatron.checkpoints.tracker import (
+    checkpoint_name,
+    find_checkpoint,
+    latest_checkpoint,
+    prune,
+    write_tracker,
+)
 from btx_megatron.errors import UserError
 from btx_megatron.model.build import unwrap
 from btx_megatron.recipe import Layout
 from btx_megatron.training.optimizer import ready_for_loading, unshare_steps
 
-TRACKER = "latest_checkpointed_iteration.txt"
 # parts of a training checkpoint that are not weights
 _STATE = re.compile(r"optimizer\.|rng_state|common_state|.*_extra_state")
 
@@ -50,25 +55,15 @@ class TrainingState:
     """Samples of the training order that have been used."""
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that the tracker names; None where there is none yet."""
-    tracker = folder / TRACKER
-    if not tracker.exists():
-        return None
-    name = tracker.read_text().strip()
-    path = folder / ("release" if name == "release" else f"iter_{int(name):07d}")
-    if not path.is_dir():
-        raise UserError(f"{tracker}: names {path.name}, which is not there; correct or delete the tracker")
-    return path
-
-
 def save(folder: Path, state: TrainingState, extra: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint on all ranks together; the tracker moves when all of it is on disk.
 
     ``extra`` holds plain values that travel along (the recipe). Older checkpoints beyond ``keep`` go.
     """
-    path = folder / f"iter_{state.iteration:07d}"
+    path = folder / checkpoint_name(state.iteration)
     if torch.distributed.get_rank() == 0:
+        if path != latest_checkpoint(folder):
+            shutil.rmtree(path, ignore_errors=True)  # what a save that never ended has left
         path.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
     # A synchronous save writes from this very process: its results need no queue between processes,
@@ -78,8 +73,8 @@ def save(folder: Path, state: TrainingState, extra: dict[str, Any], keep: int) -
     content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
     dist_checkpointing.save(_state_dict(state, metadata) | extra, str(path), content_metadata=content)
     if torch.distributed.get_rank() == 0:
-        _write_tracker(folder, state.iteration)
-        _prune(folder, keep)
+        write_tracker(folder, str(state.iteration))
+        prune(folder, state.iteration, keep)
     torch.distributed.barrier()
     return path
 
@@ -119,9 +114,7 @@ def _check_reshardable(path: Path, saved: dict[str, Any], wanted: dict[str, Any]
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
     """Take the weights alone of the latest checkpoint in ``folder``; every weight must be there."""
-    path = latest_checkpoint(folder)
-    if path is None:
-        raise UserError(f"{folder}: no checkpoint there (no {TRACKER})")
+    path = find_checkpoint(folder)
     sharded = _sharded_weights(model, _metadata())
     # the local layers' _extra_state is empty, and converters need not write it
     wanted = {"model": {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}}
@@ -178,17 +171,3 @@ def _restore_rng(rng: dict[str, Any]) -> None:
     torch.cuda.set_rng_state(rng["device"])
     torch.set_rng_state(rng["torch"])
     tensor_parallel.get_cuda_rng_tracker().set_states(rng["tracker"])
-
-
-def _write_tracker(folder: Path, iteration: int) -> None:
-    temporary = folder / f"{TRACKER}.tmp"
-    with temporary.open("w") as file:
-        file.write(str(iteration))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(folder / TRACKER)
-
-
-def _prune(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob("iter_*"))[:-keep]:
-        shutil.rmtree(old)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from btx_megatron.checkpoints.megatron_dist import DistCheckpoint, DistWriter, TensorInfo, write_tracker
+from btx_megatron.checkpoints.megatron_dist import DistCheckpoint, DistWriter, TensorInfo
+from btx_megatron.checkpoints.tracker import write_tracker
 from btx_megatron.errors import UserError
 
 NORM = "decoder.layers.mlp.linear_fc1.layer_norm_weight"

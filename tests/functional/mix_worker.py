@@ -15,7 +15,7 @@ import torch
 from layout_worker import EP2, EXPERTS, MODEL, PP2, TP2_SP, VOCABULARY
 from torch import Tensor
 
-from btx_megatron.checkpoints.megatron_dist import write_tracker
+from btx_megatron.checkpoints.tracker import write_tracker
 from btx_megatron.mixing.hashes import hash_tensors
 from btx_megatron.mixing.mix import mix
 from btx_megatron.recipe import Layout, Recipe, Stage

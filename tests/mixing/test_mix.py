@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny import LAYERS, SHAPES, random_weights, write_dense
 
-from btx_megatron.checkpoints.megatron_dist import RELEASE, DistCheckpoint
+from btx_megatron.checkpoints.megatron_dist import DistCheckpoint
 from btx_megatron.checkpoints.names import DENSE, DENSE_TO_MOE, ROUTER
+from btx_megatron.checkpoints.tracker import RELEASE
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import make_manifest, manifest_text
 from btx_megatron.mixing.hashes import hash_tensors

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from btx_megatron.checkpoints.megatron_dist import RELEASE, DistWriter, TensorInfo, write_tracker
+from btx_megatron.checkpoints.megatron_dist import DistWriter, TensorInfo
+from btx_megatron.checkpoints.tracker import RELEASE, write_tracker
 
 LAYERS, HIDDEN, WIDTH, VOCABULARY = 2, 8, 12, 16
 
