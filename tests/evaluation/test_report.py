@@ -140,7 +140,7 @@ def test_the_folder_holds_summary_pictures_and_page(
     assert "| `expert:prose` | **3.500** | 5.000 | 5.600 | 4.700 | 100 |" in page
     assert "- 0.100 nats better than `dense`" in page
     assert "- 1.300 nats better than `expert:prose`; on its own domain, 0.100 nats worse than it." in page
-    assert "| expert:prose | TP=2 + SP | 100 | 30.0 |" in page
+    assert "| expert:prose | TP2 SP | 100 | 30.0 |" in page
     assert "prose goes most to the expert prose (70%)" in page
     assert str(tmp_path) not in page
 
