@@ -110,7 +110,7 @@ def held_out_loss(model: torch.nn.Module, windows: Windows, stage: Stage, sequen
             micro_batch_size=size,
             forward_only=True,
         )
-    loss, tokens, _ = sum_over_ranks(losses, False)
+    loss, tokens = sum_over_ranks(losses)
     return loss / tokens
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -39,7 +41,11 @@ class Router(TopKRouter):
         super().__init__(*args, **kwargs)
         self.balancing = balancing
         self.balancing_coeff = balancing_coeff
-        self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device=self.weight.device)
+        self.tokens_per_expert: Tensor
+        # a buffer, so that it moves to the GPU with the model; not saved
+        self.register_buffer(
+            "tokens_per_expert", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False
+        )
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [S, B, E] -> gates [T, E], routes [T, E] (bool)."""
@@ -63,6 +69,23 @@ class Router(TopKRouter):
         load = self.tokens_per_expert.clone()
         self.tokens_per_expert.zero_()
         return load
+
+
+def take_balancing_loss() -> float:
+    """Balancing loss (without alpha) since the last call, summed over this rank's layers and micro-batches.
+
+    Sums over ranks give what all TP ranks together hold: the paper's loss is whole on every TP rank and
+    counts on the first alone, Switch's comes in parts.
+    """
+    tracker = get_moe_metrics_tracker()
+    entry = tracker.metrics.get("load_balancing_loss")
+    if entry is None:
+        return 0.0
+    whole = entry.reduce_group is None
+    counts = not whole or parallel_state.get_tensor_model_parallel_rank() == 0
+    value = float(entry.values.sum()) if counts else 0.0
+    tracker.clear()
+    return value
 
 
 def routers_of(model: torch.nn.Module) -> dict[int, Router]:

@@ -22,6 +22,8 @@ class StepResult:
     """Learning rate of the step."""
     seconds: float
     """Wall time."""
+    balancing_loss: float | None = None
+    """Balancing loss without alpha, mean over layers and micro-batches (1: even); None: not balanced."""
     stop: bool = False
     """A stop was asked for; all ranks see the same answer."""
 
@@ -45,6 +47,8 @@ class LossFile:
             "learning_rate": result.learning_rate,
             "seconds": round(result.seconds, 4),
         }
+        if result.balancing_loss is not None:
+            record["load_balancing_loss"] = result.balancing_loss
         self._file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
@@ -57,10 +61,12 @@ def iteration_line(
 ) -> str:
     """Megatron's log line, so that the field's scripts read ours."""
     now = datetime.now().strftime("%Y-%m-%d %H:%M:%S.%f")
+    balancing = result.balancing_loss
+    balance = "" if balancing is None else f" load_balancing_loss: {balancing:.6E} |"
     return (
         f" [{now}] iteration {step:8d}/{total:8d} | consumed samples: {consumed_samples:12d} |"
         f" elapsed time per iteration (ms): {milliseconds:.1f} | learning rate: {result.learning_rate:.6E} |"
-        f" global batch size: {batch:5d} | lm loss: {result.lm_loss:.6E} | loss scale: 1.0 |"
+        f" global batch size: {batch:5d} | lm loss: {result.lm_loss:.6E} |{balance} loss scale: 1.0 |"
         f" grad norm: {result.grad_norm:.3f} | number of skipped iterations:   0 |"
         f" number of nan iterations:   0 |"
     )

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from btx_megatron.errors import StageFailed
 from btx_megatron.model.build import build_model
-from btx_megatron.model.routers import batch_context
+from btx_megatron.model.routers import batch_context, take_balancing_loss
 from btx_megatron.recipe import Recipe, Stage
 from btx_megatron.runtime.ranks import device
 from btx_megatron.training.metrics import StepResult
@@ -53,6 +53,7 @@ class Trainer:
         self.scheduler: OptimizerParamScheduler = build_scheduler(
             self.optimizer, stage.training, stage.training.train_iters
         )
+        self.balanced = num_experts is not None and recipe.moe.moe_router_load_balancing_type != "none"
         self._connect()
         self._run = get_forward_backward_func()
 
@@ -78,7 +79,8 @@ class Trainer:
             micro_batch_size=self.stage.training.micro_batch_size,
             forward_only=False,
         )
-        loss_sum, tokens, stop = sum_over_ranks(losses, stop_requested)
+        balancing = take_balancing_loss()
+        loss_sum, tokens, balancing_sum, stops = sum_over_ranks(losses, balancing, float(stop_requested))
         loss = loss_sum / tokens
         if not math.isfinite(loss):
             raise StageFailed(f"the loss is {loss}: lower training.lr, or look at the data of this step")
@@ -86,7 +88,21 @@ class Trainer:
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=self.stage.training.global_batch_size)
         seconds = time.perf_counter() - started
-        return StepResult(loss, tokens, float(grad_norm or 0.0), learning_rate, seconds, stop)
+        return StepResult(
+            lm_loss=loss,
+            tokens=int(tokens),
+            grad_norm=float(grad_norm or 0.0),
+            learning_rate=learning_rate,
+            seconds=seconds,
+            balancing_loss=self._mean_balancing(balancing_sum),
+            stop=stops > 0,
+        )
+
+    def _mean_balancing(self, total: float) -> float | None:
+        if not self.balanced:
+            return None
+        batches = self.micro_batches * self.stage.layout.data_parallel_size
+        return total / (batches * self.recipe.model.num_layers)
 
     def _connect(self) -> None:
         """Hand Megatron's schedules the callbacks that its own training script would."""
@@ -128,18 +144,18 @@ def _sum_loss(mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tenso
     return loss, tokens.int(), torch.stack([loss.detach(), tokens])
 
 
-def sum_over_ranks(losses: list[Tensor], stop: bool) -> tuple[float, int, bool]:
-    """Summed loss, tokens and the stop flag of a step, equal on all ranks, in one collective.
+def sum_over_ranks(losses: list[Tensor], *more: float) -> tuple[float, ...]:
+    """Summed loss, its tokens, and sums of further values: equal on all ranks, in one collective.
 
     The last pipeline stage alone has losses, and its TP ranks hold the same ones.
     """
-    total = torch.zeros(3, dtype=torch.float64, device=device())
+    total = torch.zeros(2 + len(more), dtype=torch.float64)
     if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
         total[:2] = torch.stack(losses).double().sum(dim=0)
-    total[2] = float(stop)
+    total[2:] = torch.tensor(more, dtype=torch.float64)
+    total = total.to(device())
     torch.distributed.all_reduce(total)
-    loss, tokens, stops = total.tolist()
-    return loss, int(tokens), stops > 0
+    return tuple(total.tolist())
 
 
 @contextlib.contextmanager

@@ -96,13 +96,17 @@ class Run:
         load_weights(initial, t.model)
         t.optimizer.reload_model_params()
 
-    def steps(self, count: int) -> dict[str, list[float]]:
+    def steps(self, count: int) -> dict[str, list[Any]]:
         """Losses and gradient norms of the next ``count`` steps."""
         stream = self._batches()
         results = [self.trainer.step(stream) for _ in range(count)]
         self.state.iteration += count
         self.state.consumed_samples += count * self.training.global_batch_size
-        return {"loss": [r.lm_loss for r in results], "grad_norm": [r.grad_norm for r in results]}
+        return {
+            "loss": [r.lm_loss for r in results],
+            "grad_norm": [r.grad_norm for r in results],
+            "balancing": [r.balancing_loss for r in results],
+        }
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         from megatron.core import parallel_state

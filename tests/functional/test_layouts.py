@@ -36,6 +36,9 @@ def test_layout_agrees_with_one_process(result: dict[str, Any], name: str) -> No
     reference = result[f"{name.split()[0]} 1 process"]
     assert len(result[name]["loss"]) == STEPS
     assert result[name]["loss"] == pytest.approx(reference["loss"], abs=1e-5)
+    if reference["balancing"][0] is not None:
+        assert 0.9 < reference["balancing"][0] < 2
+        assert result[name]["balancing"] == pytest.approx(reference["balancing"], rel=1e-4)
     assert result[name]["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
 
 
