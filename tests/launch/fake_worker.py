@@ -64,7 +64,8 @@ def _train(job: Job, behaviour: dict[str, Any]) -> int:
         progress.update("training", step, total, "loss 1.0")
         if behaviour.get("deaf"):
             continue
-        saved.write_text(str(step))
+        saved.with_suffix(".tmp").write_text(str(step))
+        saved.with_suffix(".tmp").rename(saved)  # it may be killed between opening and writing
         if stop_requested(job.work_folder):
             raise Stopped("saved")
     (job.work_folder / "ended").write_text(str(time.time()))
