@@ -120,6 +120,8 @@ class RunFolder:
         path = self.path / RECIPE_FILE
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise yaml.YAMLError
             recipe = parse_recipe(content, where=str(path))
         except FileNotFoundError:
             raise UserError(f"{self.path}: not a run folder, it has no {RECIPE_FILE}") from None

@@ -138,6 +138,13 @@ def test_not_a_run(tmp_path: Path) -> None:
         RunFolder(tmp_path).recipe()
 
 
+@pytest.mark.parametrize("text", ["", "- a list", "a: [", "text"])
+def test_a_recipe_in_the_run_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"recipe\.yaml: broken; give another run_folder"):
+        RunFolder(tmp_path).recipe()
+
+
 def test_the_lock_is_one_processes_and_ends_with_it(run: RunFolder) -> None:
     with run.open(RECIPE):
         assert run.is_locked()
