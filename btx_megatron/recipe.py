@@ -245,7 +245,7 @@ class Stage:
     """One training stage."""
 
     training: Training = field(default_factory=Training)
-    """Overrides of the top-level ``training``."""
+    """Overrides of the top-level ``training`` (all of it is inherited, but for ``dense``'s train_iters)."""
     layout: Layout = field(default_factory=Layout)
     """Overrides of the top-level ``layout``."""
     blend: dict[str, float] = field(default_factory=dict)

@@ -47,7 +47,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             raise UserError(f"override '{override}': write it as key.sub=value")
         try:
             tree = OmegaConf.unsafe_merge(tree, OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
+        except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"override '{override}': {_one_line(error)}") from None
     recipe = parse_recipe(tree, where=str(path))
     _resolve_paths(recipe, path.resolve().parent)
@@ -64,7 +64,8 @@ def parse_recipe(tree: DictConfig | dict[str, Any], where: str = "recipe") -> Re
         typed = OmegaConf.merge(typed_schema, tree)  # rejects unknown keys and wrong types as written
         inherited = {key: tree[key] for key in ("training", "layout") if tree.get(key)}
         names = [domain.name for domain in typed.data.domains]
-        stages = dict.fromkeys(("seed", "finetune", "dense"), inherited)
+        stages = dict.fromkeys(("seed", "finetune"), inherited)
+        stages["dense"] = _without_train_iters(inherited)
         stages["experts"] = dict.fromkeys(names, inherited)
         evaluate = {key: value for key, value in inherited.items() if key == "layout"}
         defaults = OmegaConf.create({"stages": stages, "evaluate": evaluate})
@@ -75,6 +76,12 @@ def parse_recipe(tree: DictConfig | dict[str, Any], where: str = "recipe") -> Re
         raise UserError(f"{where}: {_one_line(error)}") from None
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def _without_train_iters(inherited: dict[str, Any]) -> dict[str, Any]:
+    """The dense baseline takes as many tokens as the method unless its own key says otherwise."""
+    training = {k: v for k, v in (inherited.get("training") or {}).items() if k != "train_iters"}
+    return inherited | {"training": training}
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class RunFolder:
 
     def _claim(self, recipe: Recipe) -> None:
         resolved = recipe_to_dict(recipe)
-        if not (self.path / RECIPE_FILE).exists():
+        if not (self.path / RECIPE_FILE).exists() or not self._holds_results():
             text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
             write_durably(self.path / RECIPE_FILE, text)
         difference = first_difference(recipe_to_dict(self.recipe()), resolved)
@@ -106,6 +106,10 @@ class RunFolder:
                 f"{self.path} was made by another recipe: {key} is {there} there and {here} here; "
                 "set it back, or give another run_folder"
             )
+
+    def _holds_results(self) -> bool:
+        """True once a stage is finished or has a checkpoint; until then another recipe may take over."""
+        return any(self.path.rglob("manifest.json")) or any(self.path.glob(".work/**/checkpoints/*"))
 
     def is_locked(self) -> bool:
         """True while a ``btx`` works in this run."""
@@ -137,6 +141,7 @@ class RunFolder:
         sync_tree(work)
         target.parent.mkdir(parents=True, exist_ok=True)
         replaced = work.with_name(f".{work.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)  # left by a crash in the middle of these lines
         if target.exists():
             os.rename(target, replaced)
         os.rename(work, target)

@@ -161,7 +161,8 @@ def test_a_stage_alone_says_which_command_makes_its_input(  # type: ignore[no-un
 
 def test_another_recipes_run_folder_is_refused(btx, recipe_file: Path) -> None:  # type: ignore[no-untyped-def]
     with RunFolder(recipe_file.parent / "run").open(load_recipe(recipe_file)):
-        pass
+        (recipe_file.parent / "run" / "data").mkdir()
+        (recipe_file.parent / "run" / "data" / "manifest.json").touch()
     code, _, err = btx("run", recipe_file, "model.num_layers=8")
     assert code == 2
     assert "was made by another recipe: model.num_layers is 4 there and 8 here; set it back, or" in err

@@ -67,9 +67,18 @@ def test_the_recipe_is_written_first_and_reads_back(run: RunFolder) -> None:
     assert first_difference(recipe_to_dict(read), recipe_to_dict(RECIPE)) is None
 
 
-def test_another_recipe_is_refused_by_its_first_differing_key(run: RunFolder) -> None:
+def test_a_corrected_recipe_may_take_a_folder_that_holds_no_result(run: RunFolder) -> None:
     with run.open(RECIPE):
         pass
+    with run.open(other_recipe(model__num_layers=8)):
+        assert run.recipe().model.num_layers == 8
+
+
+@pytest.mark.parametrize("result", ["data/manifest.json", ".work/seed/checkpoints/iter_0000010"])
+def test_another_recipe_is_refused_by_its_first_differing_key(run: RunFolder, result: str) -> None:
+    with run.open(RECIPE):
+        (run.path / result).parent.mkdir(parents=True)
+        (run.path / result).touch()
     other = other_recipe(model__num_layers=8, stages__seed__training__lr=1.0)
     with pytest.raises(UserError) as caught, run.open(other):
         pass

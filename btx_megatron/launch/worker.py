@@ -19,6 +19,7 @@ from typing import Any
 
 from btx_megatron.errors import Stopped
 from btx_megatron.job import CHECKPOINTS, LAUNCH_FILES, Job, Task, read_job
+from btx_megatron.run_folder import stage_folder
 from btx_megatron.runtime.outcome import error_line, write_error, write_result, write_stopped
 from btx_megatron.runtime.parent import die_with_guardian
 from btx_megatron.runtime.progress import Progress
@@ -43,12 +44,14 @@ def main() -> int:
 
 
 def _train(job: Job) -> dict[str, Any]:
+    _verify_inputs(job)
     from btx_megatron.training.train import run_training
 
     return run_training(job)
 
 
 def _evaluate(job: Job) -> dict[str, Any]:
+    _verify_inputs(job)
     from btx_megatron.evaluation.loss import run_evaluation
 
     return run_evaluation(job)
@@ -62,6 +65,7 @@ def _prepare(job: Job) -> dict[str, Any]:
 
 
 def _mix(job: Job) -> dict[str, Any]:
+    _verify_inputs(job)
     from btx_megatron.mixing.mix import mix
 
     tensors = mix(
@@ -76,6 +80,7 @@ def _mix(job: Job) -> dict[str, Any]:
 
 
 def _average(job: Job) -> dict[str, Any]:
+    _verify_inputs(job)
     from btx_megatron.mixing.mix import average
 
     tensors = average(_expert_checkpoints(job), job.checkpoints, progress=Progress(job.work_folder))
@@ -97,6 +102,21 @@ _TASKS: dict[Task, Callable[[Job], dict[str, Any]]] = {
     "evaluate": _evaluate,
     "report": _report,
 }
+
+
+def _verify_inputs(job: Job) -> None:
+    """Hold the weights that this stage reads against their manifests: damage on disk trains silently.
+
+    Once a stage, by rank 0, before any rank loads a model (the others wait for it to join).
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from btx_megatron.mixing.verify import verify
+
+    for stage in job.inputs:
+        checkpoints = job.run_folder / stage_folder(stage) / CHECKPOINTS
+        if checkpoints.exists():
+            verify(checkpoints)
 
 
 def _expert_checkpoints(job: Job) -> dict[str, Path]:

@@ -67,18 +67,19 @@ def transformer_config(recipe: Recipe, stage: Stage, num_experts: int | None) ->
         use_cpu_initialization=True,
         calculate_per_token_loss=True,
         batch_p2p_comm=False,
-        **_parallelism(stage.layout),
+        **_parallelism(stage.layout, moe=num_experts is not None),
         **_moe(recipe.moe, num_experts),
         **_NO_FUSION,
     )
 
 
-def _parallelism(layout: Layout) -> dict[str, Any]:
+def _parallelism(layout: Layout, moe: bool) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
         "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
-        "expert_model_parallel_size": layout.expert_model_parallel_size,
-        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+        # a dense model in a layout with EP (the evaluation's) has no experts to share out
+        "expert_model_parallel_size": layout.expert_model_parallel_size if moe else 1,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size if moe else None,
         "sequence_parallel": layout.sequence_parallel,
     }
 

@@ -52,7 +52,7 @@ class Router(TopKRouter):
         gates_TE, routes_TE = super().routing(logits, padding_mask)
         if torch.is_grad_enabled() or not self.training:  # not twice under activation recompute
             self.tokens_per_expert += routes_TE.detach().sum(dim=0)
-        if self.balancing == "btx" and self.training and torch.is_grad_enabled():
+        if self.balancing == "btx" and self.balancing_coeff > 0 and self.training and torch.is_grad_enabled():
             gates_TE = self._attach_balancing(gates_TE, logits.view(-1, self.num_experts))
         return gates_TE, routes_TE
 

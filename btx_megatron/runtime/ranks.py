@@ -60,5 +60,7 @@ def set_layout(layout: Layout, seed: int) -> None:
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
     )
+    # every pipeline stage draws its own weights and dropout, as in Megatron's training script
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

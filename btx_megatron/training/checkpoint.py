@@ -66,6 +66,10 @@ def save(folder: Path, state: TrainingState, extra: dict[str, Any], keep: int) -
             shutil.rmtree(path, ignore_errors=True)  # what a save that never ended has left
         path.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
+    if state.layout.overlap_param_gather:
+        # the step's new weights would reach the other ranks in the next forward pass only
+        with torch.no_grad():
+            state.model.start_param_sync(force_sync=True)  # type: ignore[operator]
     # A synchronous save writes from this very process: its results need no queue between processes,
     # and the one that Megatron would start costs seconds and imports the main module again.
     filesystem_async._results_queue = queue.Queue()

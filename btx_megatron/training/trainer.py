@@ -53,7 +53,8 @@ class Trainer:
         self.scheduler: OptimizerParamScheduler = build_scheduler(
             self.optimizer, stage.training, stage.training.train_iters
         )
-        self.balanced = num_experts is not None and recipe.moe.moe_router_load_balancing_type != "none"
+        balancing = recipe.moe.moe_router_load_balancing_type != "none" and recipe.moe.moe_aux_loss_coeff > 0
+        self.balanced = num_experts is not None and balancing
         self._connect()
         self._run = get_forward_backward_func()
 
@@ -86,6 +87,8 @@ class Trainer:
             raise StageFailed(f"the loss is {loss}: lower training.lr, or look at the data of this step")
         learning_rate = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            raise StageFailed(f"the gradient's norm is {grad_norm}; nothing of this step is saved")
         self.scheduler.step(increment=self.stage.training.global_batch_size)
         seconds = time.perf_counter() - started
         return StepResult(

@@ -141,6 +141,7 @@ def resumes(folder: Path) -> dict[str, Any]:
     """Interrupted runs beside whole ones: same layout (bit for bit), and another layout."""
     cases = {
         "dense DP2+distributed, dropout": ("dense", DP2_DISTRIBUTED, {"dropout": 0.1}),
+        "dense DP2+overlap": ("dense", LAYOUTS["dense"]["DP2+distributed+overlap"], {}),
         "dense TP2+SP, dropout": ("dense", TP2_SP, {"dropout": 0.1}),
         "dense DP2+distributed, bf16": ("dense", DP2_DISTRIBUTED, {"bf16": True}),
         "dense PP2, bf16": ("dense", PP2, {"bf16": True}),

@@ -14,6 +14,7 @@ from torchrun import torchrun
 NAMES = [f"{kind} {name}" for kind, layouts in LAYOUTS.items() for name in layouts]
 BIT_FOR_BIT = (
     "dense DP2+distributed, dropout",
+    "dense DP2+overlap",
     "dense TP2+SP, dropout",
     "dense DP2+distributed, bf16",
     "dense PP2, bf16",

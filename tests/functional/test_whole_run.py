@@ -55,7 +55,7 @@ RECIPE: dict[str, Any] = {
         "finetune": {"layout": TWO_RANKS | {"expert_model_parallel_size": 2}},
     },
     "baselines": [],
-    "evaluate": {"layout": TWO_RANKS},
+    "evaluate": {"layout": TWO_RANKS | {"expert_model_parallel_size": 2}},
 }
 TRAINED = ("seed", "experts/json", "experts/io", "experts/xml", "finetune")
 
