@@ -388,3 +388,10 @@ def test_parameter_counts_of_the_paper() -> None:
     assert counts.dense == 6_738_415_616
     assert round(counts.moe_active / 1e9, 1) == 11.1
     assert round(counts.moe_total / 1e9, 1) == 19.7
+
+
+def test_the_dense_baseline_does_not_inherit_the_number_of_steps() -> None:
+    recipe = parse_recipe({"training": {"train_iters": 20, "lr": 0.5}})
+    assert recipe.stages.seed.training.train_iters == 20
+    assert recipe.stages.dense.training.train_iters is None
+    assert recipe.stages.dense.training.lr == 0.5
