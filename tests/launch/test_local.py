@@ -257,7 +257,8 @@ def test_sigkill_leaves_no_orphan_and_the_next_run_goes_on(branching: Path) -> N
     """Through the real torchrun: two ranks, each with a spawned and a forked child."""
     for file in (branching, branching.parent / "run" / "recipe.yaml"):
         recipe = yaml.safe_load(file.read_text())
-        recipe["stages"] = {"experts": {"a": {"layout": {"data_parallel_size": 2}}}}
+        expert = recipe.setdefault("stages", {}).setdefault("experts", {}).setdefault("a", {})
+        expert.setdefault("layout", {})["data_parallel_size"] = 2
         file.write_text(yaml.safe_dump(recipe))
     process = start(branching, {"expert:a": {"steps": 100_000, "children": True}}, "torchrun", "expert:a")
     _, run = run_of(branching)
