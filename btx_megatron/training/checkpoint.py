@@ -11,7 +11,6 @@ layout is the same, for there alone they mean the same.
 from __future__ import annotations
 
 import queue
-import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from btx_megatron.checkpoints.names import is_weight
 from btx_megatron.checkpoints.tracker import (
     checkpoint_name,
     find_checkpoint,
@@ -36,9 +36,6 @@ from btx_megatron.errors import UserError
 from btx_megatron.model.build import unwrap
 from btx_megatron.recipe import Layout
 from btx_megatron.training.optimizer import ready_for_loading, unshare_steps
-
-# parts of a training checkpoint that are not weights
-_STATE = re.compile(r"optimizer\.|rng_state|common_state|.*_extra_state")
 
 
 @dataclass
@@ -124,7 +121,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     wanted = {"model": {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}}
     # Megatron calls "missing" what the checkpoint has and the model does not, and "unexpected" the reverse
     loaded, extra, absent = dist_checkpointing.load(wanted, str(path), strict="return_all")
-    left_over = sorted(key for key in extra if not _STATE.match(key))
+    left_over = sorted(key for key in extra if is_weight(key))
     if absent or left_over:
         raise UserError(
             f"{path}: not the weights of this model: "
@@ -161,7 +158,7 @@ def _state_dict(state: TrainingState, metadata: dict[str, Any], loading: bool = 
 
 
 def _rng_object() -> ShardedObject:
-    """Every rank's generators: under DP each rank drops other units, so each state counts."""
+    """Every rank's generators."""
     rng = {
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
