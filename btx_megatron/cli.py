@@ -171,6 +171,8 @@ def _run_recipe(run_or_recipe: Path) -> Recipe:
     """The recipe of a run folder, or of a recipe's file."""
     from btx_megatron.run_folder import RunFolder
 
+    if not run_or_recipe.exists():
+        raise UserError(f"{run_or_recipe}: no such run folder or recipe")
     return RunFolder(run_or_recipe).recipe() if run_or_recipe.is_dir() else _load(run_or_recipe, None)
 
 

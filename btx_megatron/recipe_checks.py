@@ -66,6 +66,8 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield (
                 f"stages.experts.{name}: no such domain; data.domains has {', '.join(recipe.domain_names)}"
             )
+    for name in sorted({name for name in recipe.baselines if recipe.baselines.count(name) > 1}):
+        yield f"baselines: '{name}' is given {recipe.baselines.count(name)} times; once is enough"
     for stage in training_stages(recipe):
         yield from _stage_problems(recipe, stage)
     yield from _evaluate_problems(recipe)

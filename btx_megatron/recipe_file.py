@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from btx_megatron import recipe as schema
 from btx_megatron.errors import UserError
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_checks import check_recipe, resolve_train_iters
@@ -26,29 +26,13 @@ from btx_megatron.recipe_checks import check_recipe, resolve_train_iters
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe, apply ``key.sub=value`` overrides, and check it.
 
-    Raises UserError, naming the key, for a file that is missing or not YAML, an unknown key, a wrong
-    type, or values that cannot hold together.
+    Raises UserError, naming the key, for a file that is missing or not YAML, an unknown key or one that
+    is given twice, a wrong type, or values that cannot hold together.
     """
     path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if not isinstance(raw, dict):
-            raise UserError(f"{path}: a recipe is a mapping of keys, this is a {type(raw).__name__}")
-        tree: Any = OmegaConf.create(raw)
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such recipe file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: broken YAML: {_one_line(error)}") from None
+    tree = _read_tree(path)
     for override in overrides or []:
-        key, equals, _ = override.partition("=")
-        if not equals or not re.fullmatch(r"[\w\-.\[\]]+", key):
-            raise UserError(f"override '{override}': write it as key.sub=value")
-        try:
-            tree = OmegaConf.unsafe_merge(tree, OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"override '{override}': {_one_line(error)}") from None
+        _apply(tree, override)
     recipe = parse_recipe(tree, where=str(path))
     _resolve_paths(recipe, path.resolve().parent)
     check_recipe(recipe, where=str(path))
@@ -56,10 +40,40 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     return recipe
 
 
+def _read_tree(path: Path) -> DictConfig:
+    try:
+        tree = OmegaConf.create(path.read_text(encoding="utf-8"))  # its YAML refuses a key given twice
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; a recipe is a YAML file that can be read") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: broken YAML: {_one_line(error)}") from None
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"{path}: a recipe is a mapping of keys, this is a list")
+    return tree
+
+
+def _apply(tree: DictConfig, override: str) -> None:
+    """Set one ``key.sub[0].name=value``; a mapping is merged into the one that is there."""
+    key, equals, _ = override.partition("=")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+|\[\d+\])*", key):
+        raise UserError(f"override '{override}': write it as key.sub=value")
+    try:
+        read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value{override.removeprefix(key)}"]))
+        OmegaConf.update(tree, key, read["value"], merge=True, force_add=True)
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, LookupError) as error:
+        raise UserError(f"override '{override}': {_one_line(error)}") from None
+
+
 def parse_recipe(tree: DictConfig | dict[str, Any], where: str = "recipe") -> Recipe:
     """Typed recipe from a tree of plain values; stages inherit ``training`` and ``layout``."""
     typed_schema = OmegaConf.structured(Recipe)
     tree = OmegaConf.create(tree) if isinstance(tree, dict) else tree
+    for problem in _shape_problems(Recipe, OmegaConf.to_container(tree), ""):
+        raise UserError(f"{where}: {problem}")
     try:
         typed = OmegaConf.merge(typed_schema, tree)  # rejects unknown keys and wrong types as written
         inherited = {key: tree[key] for key in ("training", "layout") if tree.get(key)}
@@ -71,7 +85,8 @@ def parse_recipe(tree: DictConfig | dict[str, Any], where: str = "recipe") -> Re
         defaults = OmegaConf.create({"stages": stages, "evaluate": evaluate})
         recipe = OmegaConf.to_object(OmegaConf.unsafe_merge(typed_schema, defaults, tree))  # used up
     except OmegaConfBaseException as error:
-        raise UserError(f"{where}: {_explain(error)}") from None
+        key = error.full_key or str(error.key or "?")
+        raise UserError(f"{where}: key '{key}': {_one_line(error)}") from None
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where}: {_one_line(error)}") from None
     assert isinstance(recipe, Recipe)
@@ -99,15 +114,38 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> None:
         recipe.tokenizer.tokenizer_model = str(folder / Path(recipe.tokenizer.tokenizer_model).expanduser())
 
 
-def _explain(error: OmegaConfBaseException) -> str:
-    key = error.full_key or str(error.key or "?")
-    unknown = re.match(r"Key '(.+?)' not in '(\w+)'", str(error))
-    if not unknown:
-        return f"key '{key}': {_one_line(error)}"
-    known = list(getattr(schema, unknown[2]).__dataclass_fields__)
-    close = difflib.get_close_matches(unknown[1], known, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
-    return f"unknown key '{key}'; {hint}"
+def _shape_problems(kind: Any, value: Any, key: str) -> Iterator[str]:
+    """Unknown keys, and mappings, lists and plain values in each other's places; ``kind`` is the type."""
+    if is_dataclass(kind) or get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            yield f"key '{key}': is {_shown(value)}, must be a mapping, as key: value"
+            return
+        kinds = get_type_hints(kind) if is_dataclass(kind) else dict.fromkeys(value, get_args(kind)[1])
+        for name, item in value.items():
+            at = f"{key}.{name}" if key else str(name)
+            if name in kinds:
+                yield from _shape_problems(kinds[name], item, at)
+            else:
+                yield f"unknown key '{at}'; {_hint(str(name), list(kinds))}"
+    elif get_origin(kind) is list:
+        if not isinstance(value, list):
+            yield f"key '{key}': is {_shown(value)}, must be a list"
+            return
+        for index, item in enumerate(value):
+            yield from _shape_problems(get_args(kind)[0], item, f"{key}[{index}]")
+    elif isinstance(value, dict | list):
+        yield f"key '{key}': is {_shown(value)}, must be a single value"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return "empty" if value is None else repr(value)
+
+
+def _hint(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
 
 
 def _one_line(error: Exception) -> str:

@@ -110,7 +110,7 @@ def test_plan_of_the_quickstart(btx) -> None:  # type: ignore[no-untyped-def]
         (["seed", QUICKSTART, "oops"], "override 'oops': write it as key.sub=value"),
         (["train", QUICKSTART, "--domain", "maths"], "--domain maths: no such domain; the recipe has prose"),
         (["dense", QUICKSTART, "baselines=[]"], "baselines does not name 'dense'"),
-        (["status", "nowhere"], "nowhere: no such recipe file"),
+        (["status", "nowhere"], "nowhere: no such run folder or recipe"),
         (["status", str(ROOT / "examples")], "not a run folder, it has no recipe.yaml"),
         (["report", str(ROOT / "examples")], "not a run folder, it has no recipe.yaml"),
         (["plan", QUICKSTART, "tokenizer.tokenizer_model=nowhere"], "missing, or not a SentencePiece model"),

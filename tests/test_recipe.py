@@ -236,6 +236,19 @@ def test_what_is_allowed(tmp_path: Path, changes: dict[str, Any]) -> None:
         ("a: [1, 2", "broken YAML"),
         ("- 1", "a recipe is a mapping of keys, this is a list"),
         ("", "data.domains is empty"),
+        ("name: a\nname: b", "found duplicate key name"),
+        ("model: {num_layers: 2, num_layers: 3}", "found duplicate key num_layers"),
+        ("training: 5", "key 'training': is 5, must be a mapping"),
+        ("layout:", "key 'layout': is empty, must be a mapping"),
+        ("data:", "key 'data': is empty, must be a mapping"),
+        ("data: {domains: {prose: {}}}", "key 'data.domains': is a mapping, must be a list"),
+        ("data: {domains: [prose]}", "key 'data.domains[0]': is 'prose', must be a mapping"),
+        ("data: {domains: [{nam: prose}]}", "unknown key 'data.domains[0].nam'; did you mean 'name'?"),
+        ("stages: {experts: [code]}", "key 'stages.experts': is a list, must be a mapping"),
+        ("stages: {seed: {layot: {}}}", "unknown key 'stages.seed.layot'; did you mean 'layout'?"),
+        ("baselines: dense", "key 'baselines': is 'dense', must be a list"),
+        ("training: {lr: [1]}", "key 'training.lr': is a list, must be a single value"),
+        ("name: ${run_foldr}", "Interpolation key 'run_foldr' not found"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -250,7 +263,11 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such recipe file"):
         load_recipe(tmp_path / "nowhere.yaml")
+    with pytest.raises(UserError, match="Is a directory; a recipe is a YAML file that can be read"):
+        load_recipe(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"name: \xe9t\xe9")
+    with pytest.raises(UserError, match="Not a directory; a recipe is a YAML file"):
+        load_recipe(tmp_path / "latin.yaml" / "recipe.yaml")
     with pytest.raises(UserError, match=r"latin.yaml: not UTF-8 text \(byte 6\)"):
         load_recipe(tmp_path / "latin.yaml")
 
@@ -259,10 +276,19 @@ def test_overrides(tmp_path: Path) -> None:
     recipe = load(tmp_path, GOOD, "training.lr=0.5", "stages.experts.math.training.lr=0.25")
     assert recipe.stage("seed").training.lr == 0.5
     assert recipe.stage("expert:math").training.lr == 0.25
+    recipe = load(
+        tmp_path, GOOD, "data.domains[1].name=poems", "layout={data_parallel_size: 2}", "name=${run_folder}"
+    )
+    assert recipe.domain_names == ["prose", "poems", "math"]
+    assert recipe.stage("seed").layout.data_parallel_size == 2
+    assert recipe.name == recipe.run_folder
     for override, message in (
         ("training.lr", "override 'training.lr': write it as key.sub=value"),
         ("training.learning_rate=1", "unknown key 'training.learning_rate'"),
         ("training.lr=fast", "key 'training.lr'"),
+        ("training..lr=1", "override 'training..lr=1': write it as key.sub=value"),
+        ("data.domains[9].name=x", "override 'data.domains[9].name=x': list index out of range"),
+        ("baselines=[dense,dense]", "baselines: 'dense' is given 2 times"),
         ("training.lr=0", "stages.seed.training.lr 0.0: must be above 0"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
