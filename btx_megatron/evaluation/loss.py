@@ -135,7 +135,7 @@ def _batches(windows: Windows, size: int, count: int, rank: int, dp: int) -> Ite
 def take_routing_share(model: torch.nn.Module, num_layers: int) -> list[list[float]]:
     """[layers][experts] share of the routes that each expert took since the last call; [] if dense.
 
-    Counted over all ranks.
+    Counted over all ranks, and over the tokens that the loss counts.
     """
     from btx_megatron.model.routers import routers_of
 

@@ -26,6 +26,8 @@ class BatchContext:
     """Training step."""
     sample_index: Tensor | None = None
     """[B] global index of each sample in the training order."""
+    loss_mask: Tensor | None = None
+    """[B, S] 1 where a token counts, 0 where it only fills up a window."""
 
 
 batch_context = BatchContext()
@@ -51,10 +53,19 @@ class Router(TopKRouter):
         """logits [S, B, E] -> gates [T, E], routes [T, E] (bool)."""
         gates_TE, routes_TE = super().routing(logits, padding_mask)
         if torch.is_grad_enabled() or not self.training:  # not twice under activation recompute
-            self.tokens_per_expert += routes_TE.detach().sum(dim=0)
+            self.tokens_per_expert += self._counted(routes_TE.detach(), logits.shape[0]).sum(dim=0)
         if self.balancing == "btx" and self.balancing_coeff > 0 and self.training and torch.is_grad_enabled():
             gates_TE = self._attach_balancing(gates_TE, logits.view(-1, self.num_experts))
         return gates_TE, routes_TE
+
+    def _counted(self, routes_TE: Tensor, sequence: int) -> Tensor:
+        """Routes [T, E] of the tokens that count; ``sequence`` is this rank's share of it."""
+        if batch_context.loss_mask is None:
+            return routes_TE
+        mask_SB = batch_context.loss_mask.T
+        if sequence != len(mask_SB):  # sequence parallel: the TP ranks hold equal pieces, in order
+            mask_SB = mask_SB.split(sequence)[parallel_state.get_tensor_model_parallel_rank()]
+        return routes_TE * mask_SB.reshape(-1, 1).to(routes_TE)
 
     def _attach_balancing(self, gates_TE: Tensor, logits_TE: Tensor) -> Tensor:
         probabilities_TE = torch.softmax(logits_TE.float(), dim=-1)

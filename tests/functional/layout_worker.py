@@ -160,6 +160,21 @@ def resumes(folder: Path) -> dict[str, Any]:
     return result
 
 
+def held_out(layout: Layout, folder: Path) -> dict[str, Any]:
+    """Loss and routes of the MoE on three windows, the last one all but empty, eight to a micro-batch."""
+    import numpy as np
+
+    from btx_megatron.data.held_out import stream_windows
+    from btx_megatron.evaluation.loss import held_out_loss, take_routing_share
+
+    run = Run("moe", layout, folder)
+    stream = np.concatenate([RandomSamples()[number]["tokens"].numpy() for number in range(3)])
+    windows = list(stream_windows(stream[: 2 * MODEL.seq_length + 4], MODEL.seq_length))
+    stage = Stage(training=replace(TRAINING, micro_batch_size=8), layout=layout)
+    loss = held_out_loss(run.trainer.model, windows, stage, MODEL.seq_length)
+    return {"loss": loss, "share": take_routing_share(run.trainer.model, MODEL.num_layers)}
+
+
 def balancing_gradients() -> dict[str, Any]:
     """Value and logit gradient of the soft balancing loss on two skewed shards, and on the whole."""
     from btx_megatron.model.balancing import soft_balancing_loss
@@ -193,6 +208,10 @@ def main() -> None:
     for kind, layouts in LAYOUTS.items():
         for name, layout in layouts.items() if world == 2 else [("1 process", Layout())]:
             result[f"{kind} {name}"] = Run(kind, layout, folder).steps(STEPS)
+    for name, layout in (
+        {"EP2": EP2, "TP2+SP": TP2_SP, "PP2": PP2}.items() if world == 2 else [("1", Layout())]
+    ):
+        result[f"held out {name}"] = held_out(layout, folder)
     if world == 2:
         result["resumes"] = resumes(folder)
         result["balancing"] = balancing_gradients()

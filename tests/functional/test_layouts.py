@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from layout_worker import LAYOUTS, STEPS, gates_of
+from layout_worker import LAYOUTS, MODEL, STEPS, gates_of
 from torchrun import torchrun
 
 NAMES = [f"{kind} {name}" for kind, layouts in LAYOUTS.items() for name in layouts]
@@ -59,6 +59,19 @@ def test_resume_on_the_same_layout_is_bit_for_bit(result: dict[str, Any], name: 
 def test_resume_on_another_layout(result: dict[str, Any], number: int) -> None:
     whole = result["dense 1 process"]["loss"][STEPS // 2 :]
     assert result["resumes"][f"reshard {number}"] == pytest.approx(whole, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["1", "EP2", "TP2+SP", "PP2"])
+def test_held_out_loss_and_routes_count_the_windows_tokens_alone(result: dict[str, Any], name: str) -> None:
+    reference, here = result["held out 1"], result[f"held out {name}"]
+    assert here["loss"] == pytest.approx(reference["loss"], abs=1e-5)
+    tokens = 2 * MODEL.seq_length + 3
+    for layer, shares in enumerate(here["share"]):
+        assert shares == pytest.approx(reference["share"][layer], abs=1e-9)
+        assert sum(shares) == pytest.approx(1)
+        for share in shares:  # a whole number of the tokens that count, and top-2 takes each once
+            routes = share * tokens * 2
+            assert routes == pytest.approx(round(routes), abs=1e-6)
 
 
 def test_balancing_gradient_does_not_depend_on_sequence_shards(result: dict[str, Any]) -> None:
