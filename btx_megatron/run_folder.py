@@ -4,10 +4,11 @@
     RUN/data, seed, experts/NAME, mix, average, finetune, dense, evaluate, report
                                finished stages, each with its manifest.json
     RUN/.work/<the same>       stages that are under way
-    RUN/.lock                  held by the one ``btx`` that runs here
+    RUN/.locks/STAGE           held by the ``btx`` that works on the stage
 
 A stage works below ``.work`` and is renamed into place once it is whole and on disk: no reader ever sees
-half a stage, and a rename on one file system either happens or does not.
+half a stage, and a rename on one file system either happens or does not. Several ``btx`` may work in one
+run, each on stages of its own: experts trained apart, on as many machines, meet in one folder.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -31,12 +31,15 @@ from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_file import parse_recipe, recipe_to_dict
 
 RECIPE_FILE = "recipe.yaml"
-LOCK_FILE = ".lock"
+LOCKS = ".locks"
 
+_CLAIM = "recipe"  # the lock of those who read and write the recipe
 _LOCK_PATIENCE_SECONDS = 1.0  # `btx status` holds the lock for a moment
 _FREE_KEYS = re.compile(
-    r"run_folder|launch\..*|data\.num_workers|.*\.(log_interval|save_interval|save_total_limit)"
+    r"run_folder|launch\..*|data\.num_workers|(.*\.)?layout\..*"
+    r"|.*\.(log_interval|save_interval|save_total_limit)"
 )
+"""Keys that change no result: where and how the work is done. A layout changes the last digits alone."""
 
 
 def stage_folder(stage: str) -> Path:
@@ -65,59 +68,70 @@ class RunFolder:
         """Manifest of a finished stage; None where it is not finished."""
         return read_manifest(self.published(stage))
 
-    @contextmanager
-    def open(self, recipe: Recipe) -> Iterator[None]:
-        """Work in this run, alone: make the folder where it is missing, lock it, check its recipe.
+    def claim(self, recipe: Recipe) -> None:
+        """Make this folder the recipe's run, or find that it is.
 
-        Raises UserError if the folder cannot be written or holds other things, if another ``btx`` works
-        in it, or (naming the first key that differs) if another recipe made it.
+        A folder without results is taken over; in one with results the recipe may differ in what changes
+        none (layouts, intervals, launch). Raises UserError if the folder cannot be written or holds other
+        things, or (naming the first key that differs) if another recipe made it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._refuse_foreign_files()
-            lock = (self.path / LOCK_FILE).open("a")
+            (self.path / LOCKS).mkdir(exist_ok=True)
+            with self._locked(_CLAIM, "another btx starts here at this moment; try again"):
+                self._claim(recipe)
         except OSError as error:
             raise UserError(
                 f"run_folder {self.path}: {error.strerror}; give a run_folder that can be written"
             ) from None
-        with lock:  # the kernel lets go of it when the process ends, however it ends
-            self._wait_for_lock(lock.fileno())
-            self._claim(recipe)
-            yield
-
-    def _wait_for_lock(self, file: int) -> None:
-        deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
-        while not _try_lock(file, fcntl.LOCK_EX):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{self.path}: another btx is running here; wait for it, or give another run_folder"
-                )
-            time.sleep(0.05)
 
     def _claim(self, recipe: Recipe) -> None:
         resolved = recipe_to_dict(recipe)
-        if not (self.path / RECIPE_FILE).exists() or not self._holds_results():
-            text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-            write_durably(self.path / RECIPE_FILE, text)
-        difference = first_difference(recipe_to_dict(self.recipe()), resolved)
-        if difference:
-            key, there, here = difference
-            raise UserError(
-                f"{self.path} was made by another recipe: {key} is {there} there and {here} here; "
-                "set it back, or give another run_folder"
-            )
+        if (self.path / RECIPE_FILE).exists() and self._holds_results():
+            difference = first_difference(recipe_to_dict(self.recipe()), resolved)
+            if difference:
+                key, there, here = difference
+                raise UserError(
+                    f"{self.path} was made by another recipe: {key} is {there} there and {here} here; "
+                    "set it back, or give another run_folder"
+                )
+        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+        write_durably(self.path / RECIPE_FILE, text)
 
-    def _holds_results(self) -> bool:
-        """True once a stage is finished or has a checkpoint; until then another recipe may take over."""
-        return any(self.path.rglob("manifest.json")) or any(self.path.glob(".work/**/checkpoints/*"))
+    def lock(self, stage: str) -> IO[str]:
+        """Keep every other ``btx`` from a stage until the file that is returned is closed.
 
-    def is_locked(self) -> bool:
-        """True while a ``btx`` works in this run."""
+        The kernel lets go of it when the process ends, however it ends. Raises UserError if another
+        ``btx`` works on the stage.
+        """
+        return self._locked(stage, "another btx works on it; wait for it, or give another run_folder")
+
+    def is_locked(self, stage: str) -> bool:
+        """True while a ``btx`` works on the stage."""
         try:
-            with (self.path / LOCK_FILE).open() as file:
-                return not _try_lock(file.fileno(), fcntl.LOCK_SH)
+            with (self.path / LOCKS / stage).open() as file:
+                return not _try_lock(file, fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
+
+    def _locked(self, name: str, refusal: str) -> IO[str]:
+        file = (self.path / LOCKS / name).open("a")
+        deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
+        while not _try_lock(file, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                file.close()
+                raise UserError(f"{self.path}, {name}: {refusal}")
+            time.sleep(0.05)
+        return file
+
+    def _holds_results(self) -> bool:
+        """True once a stage is finished, has a checkpoint or is worked on; then the recipe stays."""
+        return (
+            any(self.path.rglob("manifest.json"))
+            or any(self.path.glob(".work/**/checkpoints/*"))
+            or any(self.is_locked(path.name) for path in (self.path / LOCKS).iterdir() if path.name != _CLAIM)
+        )
 
     def recipe(self) -> Recipe:
         """The recipe that made this run. Raises UserError if the folder is no run."""
@@ -150,7 +164,7 @@ class RunFolder:
 
     def _refuse_foreign_files(self) -> None:
         names = {entry.name for entry in self.path.iterdir()}
-        foreign = sorted(names - {LOCK_FILE})
+        foreign = sorted(names - {LOCKS})
         if foreign and RECIPE_FILE not in names:
             raise UserError(
                 f"run_folder {self.path} is not empty ({foreign[0]}) and no run of btx; "
@@ -180,9 +194,14 @@ def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _try_lock(file: int, kind: int) -> bool:
+def _try_lock(file: IO[str], kind: int) -> bool:
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(file.fileno(), kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise UserError(
+            f"{file.name}: this file system has no file locks ({error.strerror}); mount it with them "
+            "(Lustre: -o flock), or give a run_folder on another one"
+        ) from None
     return True

@@ -160,9 +160,9 @@ def test_a_stage_alone_says_which_command_makes_its_input(  # type: ignore[no-un
 
 
 def test_another_recipes_run_folder_is_refused(btx, recipe_file: Path) -> None:  # type: ignore[no-untyped-def]
-    with RunFolder(recipe_file.parent / "run").open(load_recipe(recipe_file)):
-        (recipe_file.parent / "run" / "data").mkdir()
-        (recipe_file.parent / "run" / "data" / "manifest.json").touch()
+    RunFolder(recipe_file.parent / "run").claim(load_recipe(recipe_file))
+    (recipe_file.parent / "run" / "data").mkdir()
+    (recipe_file.parent / "run" / "data" / "manifest.json").touch()
     code, _, err = btx("run", recipe_file, "model.num_layers=8")
     assert code == 2
     assert "was made by another recipe: model.num_layers is 4 there and 8 here; set it back, or" in err
@@ -180,7 +180,8 @@ def test_status_tells_done_running_unfinished_and_missing(btx, recipe_file: Path
     from btx_megatron.runtime.progress import Progress
 
     run = RunFolder(recipe_file.parent / "run")
-    with run.open(load_recipe(recipe_file)):
+    run.claim(load_recipe(recipe_file))
+    with run.lock("seed"):
         run.work("prepare").mkdir(parents=True)
         run.publish(make_manifest("prepare", {}, {}, {}, None, 65))
         run.work("seed").mkdir(parents=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -60,28 +62,33 @@ def publish(run: RunFolder, stage: str, inputs: dict[str, str] | None = None, ma
 
 
 def test_the_recipe_is_written_first_and_reads_back(run: RunFolder) -> None:
-    with run.open(RECIPE):
-        assert sorted(os.listdir(run.path)) == [".lock", "recipe.yaml"]
+    run.claim(RECIPE)
+    assert sorted(os.listdir(run.path)) == [".locks", "recipe.yaml"]
     read = run.recipe()
     assert read.run_folder == str(run.path)
     assert first_difference(recipe_to_dict(read), recipe_to_dict(RECIPE)) is None
 
 
 def test_a_corrected_recipe_may_take_a_folder_that_holds_no_result(run: RunFolder) -> None:
-    with run.open(RECIPE):
-        pass
-    with run.open(other_recipe(model__num_layers=8)):
-        assert run.recipe().model.num_layers == 8
+    run.claim(RECIPE)
+    run.claim(other_recipe(model__num_layers=8))
+    assert run.recipe().model.num_layers == 8
+
+
+def test_another_recipe_is_refused_while_a_stage_is_worked_on(run: RunFolder) -> None:
+    run.claim(RECIPE)
+    with run.lock("prepare"), pytest.raises(UserError, match=r"another recipe: model\.num_layers"):
+        run.claim(other_recipe(model__num_layers=8))
 
 
 @pytest.mark.parametrize("result", ["data/manifest.json", ".work/seed/checkpoints/iter_0000010"])
 def test_another_recipe_is_refused_by_its_first_differing_key(run: RunFolder, result: str) -> None:
-    with run.open(RECIPE):
-        (run.path / result).parent.mkdir(parents=True)
-        (run.path / result).touch()
+    run.claim(RECIPE)
+    (run.path / result).parent.mkdir(parents=True)
+    (run.path / result).touch()
     other = other_recipe(model__num_layers=8, stages__seed__training__lr=1.0)
-    with pytest.raises(UserError) as caught, run.open(other):
-        pass
+    with pytest.raises(UserError) as caught:
+        run.claim(other)
     assert str(caught.value) == (
         f"{run.path} was made by another recipe: model.num_layers is 4 there and 8 here; "
         "set it back, or give another run_folder"
@@ -89,8 +96,8 @@ def test_another_recipe_is_refused_by_its_first_differing_key(run: RunFolder, re
 
 
 def test_what_does_not_change_results_may_differ(run: RunFolder) -> None:
-    with run.open(RECIPE):
-        pass
+    run.claim(RECIPE)
+    publish(run, "prepare")
     other = other_recipe(
         run_folder="elsewhere",
         launch__max_parallel_experts=1,
@@ -99,9 +106,12 @@ def test_what_does_not_change_results_may_differ(run: RunFolder) -> None:
         training__log_interval=1,
         stages__seed__training__save_interval=5,
         stages__finetune__training__save_total_limit=5,
+        layout__sequence_parallel=True,
+        stages__seed__layout__data_parallel_size=2,
+        evaluate__layout__pipeline_model_parallel_size=2,
     )
-    with run.open(other):
-        pass
+    run.claim(other)
+    assert run.recipe().stages.seed.layout.data_parallel_size == 2  # the run says how it goes on
 
 
 def test_added_and_removed_list_items_are_differences() -> None:
@@ -128,15 +138,15 @@ def test_a_difference_is_found_if_and_only_if_there_is_one(old: dict[str, Any], 
 def test_a_folder_of_other_things_is_left_alone(run: RunFolder) -> None:
     run.path.mkdir()
     (run.path / "thesis.tex").touch()
-    with pytest.raises(UserError, match=r"is not empty \(thesis.tex\) and no run of btx"), run.open(RECIPE):
-        pass
+    with pytest.raises(UserError, match=r"is not empty \(thesis.tex\) and no run of btx"):
+        run.claim(RECIPE)
     assert os.listdir(run.path) == ["thesis.tex"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="Not a directory; give a run_folder"):
-        RunFolder(tmp_path / "file" / "run").open(RECIPE).__enter__()
+        RunFolder(tmp_path / "file" / "run").claim(RECIPE)
 
 
 def test_not_a_run(tmp_path: Path) -> None:
@@ -154,17 +164,27 @@ def test_a_recipe_in_the_run_that_is_none_is_named(tmp_path: Path, text: str) ->
         RunFolder(tmp_path).recipe()
 
 
-def test_the_lock_is_one_processes_and_ends_with_it(run: RunFolder) -> None:
-    with run.open(RECIPE):
-        assert run.is_locked()
-        with pytest.raises(UserError, match="another btx is running here"), RunFolder(run.path).open(RECIPE):
-            pass
-    assert not run.is_locked()
+def test_a_stages_lock_is_one_processes_and_ends_with_it(run: RunFolder) -> None:
+    run.claim(RECIPE)
+    with run.lock("seed"), run.lock("expert:a"):
+        assert run.is_locked("seed")
+        with pytest.raises(UserError, match="run, seed: another btx works on it"):
+            RunFolder(run.path).lock("seed")
+        assert not run.is_locked("expert:b")
+    assert not run.is_locked("seed")
     code = "import fcntl, os, sys; file = open(sys.argv[1], 'a'); "
     code += "fcntl.flock(file, fcntl.LOCK_EX); os.kill(os.getpid(), 9)"
-    subprocess.run([sys.executable, "-c", code, str(run.path / ".lock")], check=False)
-    with run.open(RECIPE):
-        pass
+    subprocess.run([sys.executable, "-c", code, str(run.path / ".locks" / "seed")], check=False)
+    run.lock("seed").close()
+
+
+def test_a_file_system_without_locks_is_named(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: int, kind: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"has no file locks \(Operation not supported\); mount it with them"):
+        run.claim(RECIPE)
 
 
 # what is published

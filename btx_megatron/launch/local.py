@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import btx_megatron
 from btx_megatron.errors import StageFailed, Stopped, UserError
@@ -79,7 +79,8 @@ def _run(
     again: bool = False,
 ) -> None:
     run = RunFolder(recipe.run_folder)
-    with run.open(recipe), Supervisor() as supervisor:
+    run.claim(recipe)
+    with Supervisor() as supervisor:
         stages = stages_to_run(stages_of(recipe), run, targets)
         if alone:
             stages = _alone(stages_of(recipe) if again else stages, run, targets)
@@ -114,7 +115,9 @@ class _LocalRun:
         self.recipe, self.run, self.machine = recipe, run, machine
         self.supervisor, self.display, self.command_line = supervisor, display, command_line
         self.waiting: list[PipelineStage] = []
+        self.made_anew: set[str] = set()
         self.jobs: dict[str, Job] = {}
+        self.locks: dict[str, IO[str]] = {}
         self.cores_used: dict[str, int] = {}
         self.gpus_used: dict[str, tuple[str, ...]] = {}
         self.bad_ends: dict[str, Outcome] = {}
@@ -123,6 +126,7 @@ class _LocalRun:
     def work_off(self, stages: list[PipelineStage]) -> None:
         """Run the stages; returns when none is left, raises what run_pipeline says."""
         self.waiting = list(stages)
+        self.made_anew = {stage.name for stage in stages if self.run.manifest(stage.name)}
         self._start_what_fits()
         while self.supervisor.running:
             time.sleep(_SECONDS_BETWEEN_POLLS)
@@ -142,12 +146,22 @@ class _LocalRun:
             if self._has_inputs(stage) and self._fits(stage, chosen):
                 chosen.append(stage)
         threads = self._threads(chosen)
+        overtaken = False
         for stage in chosen:
             self.waiting.remove(stage)
             try:
-                self._start(stage, threads)
+                self.locks[stage.name] = self.run.lock(stage.name)
+                if self.run.manifest(stage.name) and stage.name not in self.made_anew:
+                    self.display.say(f"{stage.name}: finished by another btx")
+                    self._unlock(stage.name)
+                    overtaken = True
+                else:
+                    self._start(stage, threads)
             except UserError as error:  # of this stage alone: the others go on
+                self._unlock(stage.name)
                 self.bad_ends[stage.name] = Outcome("user_error", str(error))
+        if overtaken:
+            self._start_what_fits()  # what waited for it
 
     def _has_inputs(self, stage: PipelineStage) -> bool:
         return all(self.run.manifest(name) for name in stage.inputs)
@@ -230,7 +244,13 @@ class _LocalRun:
             self._publish(job, outcome.result, seconds)
         else:
             self.bad_ends[name] = outcome
+        self._unlock(name)
         self.display.end(name, outcome, seconds)
+
+    def _unlock(self, name: str) -> None:
+        lock = self.locks.pop(name, None)
+        if lock:
+            lock.close()
 
     def _publish(self, job: Job, result: dict[str, Any], seconds: float) -> None:
         for name in PASSING_FILES:

@@ -41,13 +41,12 @@ def _plan_row(recipe: Recipe, stage: PipelineStage) -> list[str]:
 def status_text(recipe: Recipe) -> str:
     """Each stage of the recipe's run: done, running, unfinished, failed or missing, and how far."""
     run = RunFolder(recipe.run_folder)
-    running = run.is_locked()
     rows = [["stage", "state", "time", ""]]
-    rows += [_status_row(run, stage, running) for stage in stages_of(recipe)]
+    rows += [_status_row(run, stage) for stage in stages_of(recipe)]
     return "\n".join([str(run.path), "", columns(rows, right=(2,))])
 
 
-def _status_row(run: RunFolder, stage: PipelineStage, running: bool) -> list[str]:
+def _status_row(run: RunFolder, stage: PipelineStage) -> list[str]:
     manifest, work = run.manifest(stage.name), run.work(stage.name)
     if manifest:
         tokens = f"{manifest.tokens:,} tokens" if manifest.tokens is not None else ""
@@ -59,7 +58,12 @@ def _status_row(run: RunFolder, stage: PipelineStage, running: bool) -> list[str
     time = clock(read_duration(work))
     if outcome and outcome.kind in ("failed", "user_error"):
         return [stage.name, "failed", time, outcome.message]
-    return [stage.name, "running" if running and not outcome else "unfinished", time, how_far]
+    return [
+        stage.name,
+        "running" if run.is_locked(stage.name) and not outcome else "unfinished",
+        time,
+        how_far,
+    ]
 
 
 def columns(rows: list[list[str]], right: tuple[int, ...] = ()) -> str:

@@ -58,7 +58,7 @@ def _train(job: Job, behaviour: dict[str, Any]) -> int:
     with (job.work_folder / "attempts.txt").open("a") as file:
         file.write(f"{step} {time.time()}\n")
     progress = Progress(job.work_folder)
-    while step < total:
+    while step < total and not (job.work_folder / "enough").exists():
         time.sleep(0.02)
         step += 1
         progress.update("training", step, total, "loss 1.0")
@@ -68,6 +68,8 @@ def _train(job: Job, behaviour: dict[str, Any]) -> int:
         saved.with_suffix(".tmp").rename(saved)  # it may be killed between opening and writing
         if stop_requested(job.work_folder):
             raise Stopped("saved")
+    if "crash_after" in behaviour:
+        raise RuntimeError("no such luck")
     (job.work_folder / "ended").write_text(str(time.time()))
     return step
 

@@ -275,15 +275,47 @@ def test_sigkill_leaves_no_orphan_and_the_next_run_goes_on(branching: Path) -> N
     assert [int(line.split()[0]) for line in attempts] == [0, reached]
 
 
-def test_two_btx_in_one_folder_are_refused(branching: Path) -> None:
+def test_two_btx_share_a_run_but_not_a_stage(branching: Path) -> None:
     process = start(branching, {"expert:a": {"steps": 10_000}}, "expert:a")
     _, run = run_of(branching)
     wait_for(lambda: pids_of(run.work("expert:a")))
-    code, _, err = drive(branching)
+    code, _, err = drive(branching, {}, "expert:a")
     assert code == 2
-    assert err.startswith(f"btx: {run.path}: another btx is running here")
+    assert err.startswith(f"btx: {run.path}, expert:a: another btx works on it")
+    assert drive(branching, {}, "expert:b")[0] == 0  # the other expert, in the same run
+    assert run.manifest("expert:b")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
+    assert process.returncode == 75
+
+
+def test_a_stage_that_another_btx_finished_meanwhile_is_not_repeated(branching: Path) -> None:
+    branching.write_text(branching.read_text() + "launch: {max_parallel_experts: 1}\n")
+    process = start(branching, {"expert:a": {"steps": 10_000}})  # expert:b waits for its turn
+    _, run = run_of(branching)
+    work = run.work("expert:a")
+    wait_for(lambda: steps(work) > 3)
+    assert drive(branching, {}, "expert:b")[0] == 0
+    made = run.manifest("expert:b")
+    (work / "enough").touch()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "expert:b: finished by another btx" in out
+    assert run.manifest("expert:b") == made
+    assert run.manifest("report")
+
+
+def test_an_unfinished_stage_goes_on_under_another_layout(branching: Path) -> None:
+    assert drive(branching, {"expert:a": {"steps": 3, "crash_after": True}}, "expert:a")[0] == 1
+    branching.write_text(branching.read_text() + "layout: {pipeline_model_parallel_size: 2}\n")
+    assert drive(branching, {"expert:a": {"steps": 5}}, "expert:a")[0] == 0
+    _, run = run_of(branching)
+    attempts = (run.published("expert:a") / "attempts.txt").read_text().splitlines()
+    assert [int(line.split()[0]) for line in attempts] == [0, 3]
+    manifest = run.manifest("expert:a")
+    assert manifest is not None
+    layouts = manifest.recipe["stages"]["experts"]
+    assert layouts["a"]["layout"]["pipeline_model_parallel_size"] == 2
 
 
 def test_a_stage_made_from_something_else_is_refused(branching: Path) -> None:
