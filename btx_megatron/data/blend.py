@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from btx_megatron.data.indexed import IndexedTokens
 from btx_megatron.data.prepare import read_statistics, token_prefix, tokenizer_path
 from btx_megatron.data.tokenizer import Tokenizer
 from btx_megatron.errors import UserError
@@ -70,6 +71,8 @@ class TrainingSamples:
             "mid_level_dataset_surplus": surplus(list(weights.values()), num_samples),
         }
         prefixes = [str(token_prefix(data_folder, "train", *key)) for key in weights]
+        for prefix in prefixes:
+            IndexedTokens(Path(prefix))  # refuses files that are missing or cut short; Megatron reads on
         remove_broken_arrays(cache)
         self._samples = _build(prefixes, list(weights.values()), num_samples, config)
         self._num_samples = num_samples

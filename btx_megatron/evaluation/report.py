@@ -60,6 +60,8 @@ def read_evaluation(recipe: Recipe, run_folder: Path) -> dict[str, Any]:
         evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: not there; run `btx run` or `btx evaluate` first") from None
+    except ValueError:
+        raise UserError(f"{path}: broken; delete {path.parent} and run `btx evaluate` again") from None
     for row in rows(recipe):
         if list(evaluation["held_out_loss"].get(row, {})) != recipe.domain_names:
             raise UserError(f"{path}: no losses of '{row}' on every domain; run `btx evaluate` again")

@@ -37,7 +37,7 @@ def main() -> int:
     except Stopped:
         if rank == 0:
             write_stopped(job.work_folder)
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         write_error(job.work_folder, rank, *error_line(error))
         raise  # the traceback belongs into the log
     return 0

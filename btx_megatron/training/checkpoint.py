@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import queue
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from btx_megatron.checkpoints.names import is_weight
 from btx_megatron.checkpoints.tracker import (
@@ -85,6 +88,12 @@ def resume(folder: Path, state: TrainingState) -> bool:
     path = latest_checkpoint(folder)
     if path is None:
         return False
+    with _reading(path, f"delete {folder}, and the stage begins anew"):
+        _resume(path, state)
+    return True
+
+
+def _resume(path: Path, state: TrainingState) -> None:
     common = load_common_state_dict(str(path))
     _check_reshardable(path, common["layout"], asdict(state.layout))
     ready_for_loading(state.optimizer)
@@ -100,7 +109,20 @@ def resume(folder: Path, state: TrainingState) -> bool:
         _restore_rng(loaded["rng_state"])
     state.iteration = loaded["iteration"]
     state.consumed_samples = loaded["consumed_samples"]
-    return True
+
+
+@contextmanager
+def _reading(path: Path, remedy: str) -> Iterator[None]:
+    """Say which checkpoint it is that cannot be read, whatever the many hands that read it raise."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}, the log has more): it is damaged, or of another "
+            f"model; restore it, or {remedy}"
+        ) from error
 
 
 def _check_reshardable(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -119,8 +141,9 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     sharded = _sharded_weights(model, _metadata())
     # the local layers' _extra_state is empty, and converters need not write it
     wanted = {"model": {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}}
-    # Megatron calls "missing" what the checkpoint has and the model does not, and "unexpected" the reverse
-    loaded, extra, absent = dist_checkpointing.load(wanted, str(path), strict="return_all")
+    with _reading(path, "make its stage again"):
+        # Megatron calls "missing" what the checkpoint has and the model does not, and "unexpected" the reverse
+        loaded, extra, absent = dist_checkpointing.load(wanted, str(path), strict="return_all")
     left_over = sorted(key for key in extra if is_weight(key))
     if absent or left_over:
         raise UserError(

@@ -58,7 +58,11 @@ def _train(job: Job, stage: Stage, trainer: Any, state: Any) -> float:
     first = torch.distributed.get_rank() == 0
     folder = job.work_folder / "checkpoints"
     reporter = _Reporter(job, stage, state.iteration) if first else None
-    batches = _batches(job, stage, state.consumed_samples)
+    samples = _samples(job, stage)
+    if first:
+        epochs = ", ".join(f"{source} {count:.2f}" for source, count in samples.epochs.items())
+        print(f"epochs over each source: {epochs}", flush=True)
+    batches = _batches(samples, stage, state.consumed_samples)
     started = time.perf_counter()
     while state.iteration < training.train_iters:
         result = trainer.step(batches, first and stop_requested(job.work_folder))
@@ -76,14 +80,12 @@ def _train(job: Job, stage: Stage, trainer: Any, state: Any) -> float:
     return time.perf_counter() - started
 
 
-def _batches(job: Job, stage: Stage, consumed_samples: int) -> Iterator[dict[str, Any]]:
-    from megatron.core import parallel_state
-
-    from btx_megatron.data.blend import TrainingSamples, batches
+def _samples(job: Job, stage: Stage) -> Any:
+    from btx_megatron.data.blend import TrainingSamples
 
     training = stage.training
     assert training.train_iters is not None
-    samples = TrainingSamples(
+    return TrainingSamples(
         job.data_folder,
         job.recipe.data.domains,
         blend_of(job, stage),
@@ -92,11 +94,18 @@ def _batches(job: Job, stage: Stage, consumed_samples: int) -> Iterator[dict[str
         training.seed,
         job.work_folder / "cache",
     )
+
+
+def _batches(samples: Any, stage: Stage, consumed_samples: int) -> Iterator[dict[str, Any]]:
+    from megatron.core import parallel_state
+
+    from btx_megatron.data.blend import batches
+
     return batches(
         samples,
         consumed_samples=consumed_samples,
-        micro_batch_size=training.micro_batch_size,
-        global_batch_size=training.global_batch_size,
+        micro_batch_size=stage.training.micro_batch_size,
+        global_batch_size=stage.training.global_batch_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )

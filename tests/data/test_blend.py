@@ -1,5 +1,6 @@
 import dataclasses
 import multiprocessing
+import shutil
 import time
 from pathlib import Path
 from types import ModuleType
@@ -205,6 +206,20 @@ def test_data_prepared_anew_does_not_meet_an_old_cache(tmp_path: Path, megatron_
         epochs.append(samples.epochs)
     assert epochs[0] != epochs[1]
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_token_files_that_are_gone_or_cut_short_are_named(data_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data_folder, copy)
+    domain = small_recipe().data.domains[0]
+    bin_file = token_prefix(copy, "train", domain.name, domain.sources[0].name).with_suffix(".bin")
+    with bin_file.open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(UserError, match="a sequence lies outside the 100 bytes of"):
+        samples_of(copy, tmp_path / "cache", {domain.name: 1.0}, 10)
+    bin_file.unlink()
+    with pytest.raises(UserError, match=r"\.bin: cannot be read \(No such file"):
+        samples_of(copy, tmp_path / "cache", {domain.name: 1.0}, 10)
 
 
 def test_a_source_that_was_not_prepared_is_refused(data_folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ torchrun --nproc-per-node 2 layout_worker.py FOLDER      the layouts, from those
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -160,6 +161,24 @@ def resumes(folder: Path) -> dict[str, Any]:
     return result
 
 
+def damaged(folder: Path) -> str:
+    """What is said of a checkpoint whose first file was cut short."""
+    from btx_megatron.errors import UserError
+    from btx_megatron.training.checkpoint import resume, save
+
+    run = Run("dense", DP2_DISTRIBUTED, folder)
+    run.state.iteration = 1
+    path = save(folder / "damaged", run.state, {}, keep=1)
+    if torch.distributed.get_rank() == 0:
+        os.truncate(min(path.glob("*.distcp")), 1000)
+    torch.distributed.barrier()
+    try:
+        resume(folder / "damaged", run.state)
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
 def held_out(layout: Layout, folder: Path) -> dict[str, Any]:
     """Loss and routes of the MoE on three windows, the last one all but empty, eight to a micro-batch."""
     import numpy as np
@@ -213,6 +232,7 @@ def main() -> None:
     ):
         result[f"held out {name}"] = held_out(layout, folder)
     if world == 2:
+        result["damaged"] = damaged(folder)
         result["resumes"] = resumes(folder)
         result["balancing"] = balancing_gradients()
     if torch.distributed.get_rank() == 0:

@@ -61,6 +61,11 @@ def test_resume_on_another_layout(result: dict[str, Any], number: int) -> None:
     assert result["resumes"][f"reshard {number}"] == pytest.approx(whole, abs=1e-5)
 
 
+def test_a_damaged_checkpoint_is_named_with_what_to_do(result: dict[str, Any]) -> None:
+    assert "damaged/iter_0000001: cannot be read (CheckpointException, the log has more)" in result["damaged"]
+    assert "or delete " in result["damaged"]
+
+
 @pytest.mark.parametrize("name", ["1", "EP2", "TP2+SP", "PP2"])
 def test_held_out_loss_and_routes_count_the_windows_tokens_alone(result: dict[str, Any], name: str) -> None:
     reference, here = result["held out 1"], result[f"held out {name}"]
