@@ -6,6 +6,13 @@ import os
 from pathlib import Path
 
 
+def replace_file(path: Path, content: str) -> None:
+    """Write a file so that a reader sees it whole, or the one before; a crash of the machine may lose it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def write_durably(path: Path, content: str | bytes) -> None:
     """Write a file so that after a crash it is whole or the one before; text as UTF-8."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -133,8 +133,6 @@ class Moe:
     """Precision of the router's logits and softmax."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens travel to the ranks of their experts."""
-    moe_grouped_gemm: bool = False
-    """One grouped matrix product for all local experts; needs Transformer Engine."""
 
 
 @dataclass
@@ -281,6 +279,8 @@ class Evaluate:
 class Launch:
     """Running here, on one machine."""
 
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: one GPU a rank where this machine has GPUs, else CPU cores. cpu: CPU cores in any case."""
     max_parallel_experts: int = 0
     """Experts trained side by side; 0: as many as the cores (or GPUs) allow."""
     threads_per_rank: int = 0

@@ -8,7 +8,6 @@ and ends the check, so a rule may rely on all rules before it (and divide by siz
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -30,18 +29,6 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     """
     for problem in _problems(recipe):
         raise UserError(f"{where}: {problem}")
-
-
-def check_machine(recipe: Recipe) -> None:
-    """Raise UserError if the recipe asks for what this machine lacks. Called before a stage starts.
-
-    Kept apart from check_recipe: a recipe for a GPU machine may be planned on a laptop.
-    """
-    if recipe.moe.moe_grouped_gemm and importlib.util.find_spec("transformer_engine") is None:
-        raise UserError(
-            "moe.moe_grouped_gemm true needs Transformer Engine, which is not installed here; "
-            "install the extra 'gpu' or set it to false"
-        )
 
 
 def resolve_train_iters(recipe: Recipe) -> None:
@@ -70,6 +57,11 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield f"baselines: '{name}' is given {recipe.baselines.count(name)} times; once is enough"
     for stage in training_stages(recipe):
         yield from _stage_problems(recipe, stage)
+        if recipe.stage(stage).training.bf16 != recipe.training.bf16:
+            yield (
+                f"{stage_key(stage)}.training.bf16 differs from training.bf16: experts are mixed, and models "
+                "compared, in one precision; set it for all under training"
+            )
     yield from _evaluate_problems(recipe)
     yield from _at_least("launch", recipe.launch, 0, ("max_parallel_experts", "threads_per_rank"))
 

@@ -17,6 +17,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from types import TracebackType
 from typing import Self, TypeVar
 
+from btx_megatron.runtime.cores import available_cores
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -72,13 +74,6 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
-
-
-def available_cores() -> int:
-    """Cores that this process may use, which on a shared node is fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _settle_in() -> None:

@@ -41,14 +41,11 @@ def run_evaluation(job: Job) -> dict[str, Any]:
         training=replace(recipe.training, micro_batch_size=recipe.evaluate.micro_batch_size),
         layout=recipe.evaluate.layout,
     )
-    ranks.start_ranks()
-    ranks.set_layout(stage.layout, recipe.training.seed)
-    try:
+    with ranks.joined_ranks():
+        ranks.set_layout(stage.layout, recipe.training.seed)
         result = _evaluate_rows(job, stage)
         if torch.distributed.get_rank() == 0:
             (job.work_folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    finally:
-        ranks.stop_ranks()
     return {"held_out_tokens": result["held_out_tokens"]}
 
 

@@ -80,7 +80,7 @@ def clock(seconds: float) -> str:
 def end_line(stage: str, outcome: Outcome, seconds: float, last: ProgressRecord | None) -> str:
     """One line that stays when a stage has ended."""
     if outcome.kind == "done":
-        text = f", {last.text}" if last and last.text else ""
+        text = f", last batch: {last.text}" if last and last.phase == "training" else ""
         return f"{stage}: done in {clock(seconds)}{text}"
     if outcome.kind == "stopped":
         return f"{stage}: stopped after {clock(seconds)}"

@@ -19,11 +19,10 @@ import btx_megatron
 from btx_megatron.errors import StageFailed, Stopped, UserError
 from btx_megatron.job import JOB_FILE, LAUNCH_FILES, LOG_FILE, PASSING_FILES, Job, read_job, write_job
 from btx_megatron.launch.display import Display, make_display
-from btx_megatron.launch.machine import Machine, this_machine
+from btx_megatron.launch.machine import Machine, check_packages, this_machine
 from btx_megatron.manifest import make_manifest
 from btx_megatron.pipeline import PipelineStage, input_fingerprints, stages_of, stages_to_run
 from btx_megatron.recipe import Recipe
-from btx_megatron.recipe_checks import check_machine
 from btx_megatron.recipe_file import recipe_to_dict
 from btx_megatron.run_folder import RunFolder
 from btx_megatron.runtime.outcome import Outcome
@@ -53,7 +52,7 @@ def run_pipeline(
 
     Raises UserError, StageFailed (after everything that could go on has), or Stopped.
     """
-    _run(recipe, {"report"}, machine or this_machine(), command_line)
+    _run(recipe, {"report"}, machine or this_machine(recipe.launch.device), command_line)
 
 
 def run_stages(
@@ -67,7 +66,7 @@ def run_stages(
 
     A stage whose inputs are not finished is refused.
     """
-    _run(recipe, names, machine or this_machine(), command_line, alone=True, again=again)
+    _run(recipe, names, machine or this_machine(recipe.launch.device), command_line, alone=True, again=again)
 
 
 def _run(
@@ -85,7 +84,7 @@ def _run(
         if alone:
             stages = _alone(stages_of(recipe) if again else stages, run, targets)
         if stages:
-            check_machine(recipe)
+            check_packages(stages)
             machine.check(stages)
         with make_display() as display:
             if not stages:
@@ -228,7 +227,9 @@ class _LocalRun:
     def _show_progress(self) -> None:
         if self.supervisor.stop_signal and not self.told_of_stop:
             self.told_of_stop = True
-            self.display.say(f"{self.supervisor.stop_signal}: saving; Ctrl-C now stops without saving")
+            saves = any(command.can_stop for command in self.supervisor.running.values())
+            how = "saving; Ctrl-C now stops without saving" if saves else "stopping"
+            self.display.say(f"{self.supervisor.stop_signal}: {how}")
         for name, command in self.supervisor.running.items():
             record = read_progress(command.work_folder)
             if record:
@@ -302,7 +303,7 @@ def _environment(threads: int, gpus: tuple[str, ...]) -> dict[str, str]:
     }
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks up the host's name, which may not resolve
-    return environment | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+    return environment | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}  # none for what needs none
 
 
 def _free_port() -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from btx_megatron.errors import UserError
 from btx_megatron.pipeline import PipelineStage
+from btx_megatron.runtime.cores import available_cores
 
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_PACKAGES = {"train": ("megatron", "psutil"), "evaluate": ("megatron", "psutil"), "report": ("matplotlib",)}
+"""What tasks need beyond the base install."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +33,24 @@ class Machine:
             if self.gpus_of(stage) > len(self.gpus):
                 raise UserError(
                     f"stage {stage.name} has {stage.ranks} ranks and this machine {len(self.gpus)} GPUs; "
-                    "make its layout smaller, or run it where there are more"
+                    "make its layout smaller, run it where there are more, or set launch.device=cpu"
                 )
 
 
-def this_machine() -> Machine:
-    """Cores of this process (affinity and container quota), GPUs from CUDA_VISIBLE_DEVICES or /dev."""
-    return Machine(_cores(), _gpus())
+def check_packages(stages: list[PipelineStage]) -> None:
+    """Raise UserError if a stage needs a package that the base install leaves out."""
+    for stage in stages:
+        for package in _PACKAGES.get(stage.task, ()):
+            if find_spec(package) is None:
+                raise UserError(
+                    f"stage {stage.name} needs the package {package}, which is not installed here; "
+                    "install the extra 'train': pip install 'btx-megatron[train]'"
+                )
 
 
-def _cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = _CPU_QUOTA.read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # no container, or "max": no quota
-        pass
-    return max(1, cores)
+def this_machine(device: str = "auto") -> Machine:
+    """Cores of this process, and GPUs from CUDA_VISIBLE_DEVICES or /dev unless ``device`` is cpu."""
+    return Machine(available_cores(), () if device == "cpu" else _gpus())
 
 
 def _gpus() -> tuple[str, ...]:

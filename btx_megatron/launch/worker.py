@@ -19,6 +19,7 @@ from typing import Any
 
 from btx_megatron.errors import Stopped
 from btx_megatron.job import CHECKPOINTS, LAUNCH_FILES, Job, Task, read_job
+from btx_megatron.recipe_file import recipe_to_dict
 from btx_megatron.run_folder import stage_folder
 from btx_megatron.runtime.outcome import error_line, write_error, write_result, write_stopped
 from btx_megatron.runtime.parent import die_with_guardian
@@ -74,6 +75,7 @@ def _mix(job: Job) -> dict[str, Any]:
         router_std=job.recipe.mix.router_std,
         random_seed=job.recipe.mix.random_seed,
         topk=job.recipe.moe.moe_router_topk,
+        recipe=recipe_to_dict(job.recipe),
         progress=Progress(job.work_folder),
     )
     return {"outputs": {"tensors": tensors}}
@@ -83,7 +85,12 @@ def _average(job: Job) -> dict[str, Any]:
     _verify_inputs(job)
     from btx_megatron.mixing.mix import average
 
-    tensors = average(_expert_checkpoints(job), job.checkpoints, progress=Progress(job.work_folder))
+    tensors = average(
+        _expert_checkpoints(job),
+        job.checkpoints,
+        recipe=recipe_to_dict(job.recipe),
+        progress=Progress(job.work_folder),
+    )
     return {"outputs": {"tensors": tensors}}
 
 

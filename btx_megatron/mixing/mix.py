@@ -40,26 +40,38 @@ def mix(
     router_std: float,
     random_seed: int,
     topk: int,
+    recipe: dict[str, Any] | None = None,
     progress: Reporter | None = None,
 ) -> dict[str, Any]:
     """Mix dense checkpoints into a MoE checkpoint (a ``release``) in ``output``; returns its tensors' table.
 
-    Expert i is source i, and so is row i of the router. Raises UserError if the sources do not fit
+    Expert i is source i, and so is row i of the router. ``recipe`` travels in the checkpoint. Raises UserError if the sources do not fit
     together or hold values that are not finite; then ``output`` has no tracker.
     """
     opened = {name: DistCheckpoint(path) for name, path in sources.items()}
     if topk > len(sources):
         raise UserError(f"moe_router_topk={topk} is more than the {len(sources)} experts")
     draw = _RouterDraw(router_std, random_seed)
-    common = {"mixed_from": list(sources), "moe_router_topk": topk, "iteration": 0, "checkpoint_version": 3.0}
+    common = _common(recipe) | {"mixed_from": list(sources), "moe_router_topk": topk}
     return _write(opened, plan_mix(opened), output, common, draw, progress)
 
 
-def average(sources: dict[str, Path], output: Path, progress: Reporter | None = None) -> dict[str, Any]:
+def average(
+    sources: dict[str, Path],
+    output: Path,
+    *,
+    recipe: dict[str, Any] | None = None,
+    progress: Reporter | None = None,
+) -> dict[str, Any]:
     """The whole model averaged over the sources, feed-forwards too: the baseline ``average``."""
     opened = {name: DistCheckpoint(path) for name, path in sources.items()}
-    common = {"averaged_from": list(sources), "iteration": 0, "checkpoint_version": 3.0}
+    common = _common(recipe) | {"averaged_from": list(sources)}
     return _write(opened, plan_average(opened), output, common, None, progress)
+
+
+def _common(recipe: dict[str, Any] | None) -> dict[str, Any]:
+    """Plain values that lie in the checkpoint beside its tensors."""
+    return {"iteration": 0, "checkpoint_version": 3.0} | ({"recipe": recipe} if recipe else {})
 
 
 class _RouterDraw:

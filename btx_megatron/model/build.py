@@ -98,14 +98,13 @@ def _moe(moe: Moe, num_experts: int | None) -> dict[str, Any]:
         "moe_z_loss_coeff": moe.moe_z_loss_coeff,
         "moe_router_dtype": moe.moe_router_dtype,
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
-        "moe_grouped_gemm": moe.moe_grouped_gemm,
     }
 
 
 def layer_spec(config: TransformerConfig, moe: Moe) -> ModuleSpec:
     """One transformer layer: attention, and a feed-forward that is dense or a mixture of experts."""
     backend = LocalBackend()
-    mlp = get_mlp_module_spec_for_backend(backend, config.num_moe_experts, config.moe_grouped_gemm)
+    mlp = get_mlp_module_spec_for_backend(backend, config.num_moe_experts, moe_grouped_gemm=False)
     keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.num_moe_experts is None:
         keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"

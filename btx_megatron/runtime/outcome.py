@@ -8,12 +8,12 @@ ranks write what happened and the supervisor believes the files: ``result.json``
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from btx_megatron.durable import replace_file
 from btx_megatron.errors import EXIT_FAILURE, EXIT_USER_ERROR, StageFailed, UserError
 
 RESULT_FILE = "result.json"
@@ -33,18 +33,18 @@ class Outcome:
 
 def write_result(work_folder: Path, result: dict[str, Any]) -> None:
     """The stage is done; rank 0 alone writes this."""
-    _write(work_folder / RESULT_FILE, result)
+    replace_file(work_folder / RESULT_FILE, json.dumps(result))
 
 
 def write_stopped(work_folder: Path) -> None:
     """The stage saved what it needs to go on; rank 0 alone writes this."""
-    _write(work_folder / STOPPED_FILE, {})
+    replace_file(work_folder / STOPPED_FILE, "{}")
 
 
 def write_error(work_folder: Path, rank: int, exit_code: int, message: str) -> None:
     """A rank failed; each rank has a file of its own, so that none waits for or overwrites another."""
     content = {"exit_code": exit_code, "message": message, "rank": rank, "time": time.time()}
-    _write(work_folder / f"error-{rank}.json", content)
+    replace_file(work_folder / f"error-{rank}.json", json.dumps(content))
 
 
 def clear_outcome(work_folder: Path) -> None:
@@ -85,9 +85,3 @@ def _first_cause(errors: list[dict[str, Any]]) -> Outcome:
 def _outcome_files(work_folder: Path) -> list[Path]:
     fixed = [work_folder / RESULT_FILE, work_folder / STOPPED_FILE]
     return [path for path in fixed if path.exists()] + list(work_folder.glob("error-*.json"))
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)

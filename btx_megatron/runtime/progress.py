@@ -7,11 +7,13 @@ a whole record or the one before it.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from btx_megatron.durable import replace_file
 
 PROGRESS_FILE = "progress.json"
 _SECONDS_BETWEEN_WRITES = 0.2
@@ -44,9 +46,9 @@ class Progress:
         if soon and phase == self._phase and done < total:
             return
         self._phase, self._written = phase, now
-        temporary = self._path.with_name(f".{PROGRESS_FILE}.tmp")
-        temporary.write_text(json.dumps(asdict(ProgressRecord(phase, done, total, text, now))))
-        os.replace(temporary, self._path)
+        record = json.dumps(asdict(ProgressRecord(phase, done, total, text, now)))
+        with contextlib.suppress(OSError):  # a full disk must not end the work for the sake of a bar
+            replace_file(self._path, record)
 
 
 def read_progress(work_folder: Path) -> ProgressRecord | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 
+from btx_megatron.errors import Stopped
 from btx_megatron.recipe import Layout
 from btx_megatron.runtime import cpu_backend
 
@@ -43,6 +46,21 @@ def _quiet_logs() -> None:
 def stop_ranks() -> None:
     """Leave the process group."""
     torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def joined_ranks() -> Iterator[None]:
+    """start_ranks, and stop_ranks where all ranks come to the end together.
+
+    After an error the others may never come, and to leave in order would be to wait for them.
+    """
+    start_ranks()
+    try:
+        yield
+    except Stopped:  # on all ranks, after the same step
+        stop_ranks()
+        raise
+    stop_ranks()
 
 
 def set_layout(layout: Layout, seed: int) -> None:

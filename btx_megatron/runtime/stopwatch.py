@@ -6,10 +6,12 @@ which leaves no time to write anything.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import time
 from pathlib import Path
+
+from btx_megatron.durable import replace_file
 
 DURATION_FILE = "duration.json"
 _SECONDS_BETWEEN_WRITES = 2.0
@@ -36,9 +38,8 @@ class Stopwatch:
     def save(self) -> None:
         """Write the sum down now."""
         self._written = time.monotonic()
-        temporary = self._path.with_name(f".{DURATION_FILE}.tmp")
-        temporary.write_text(json.dumps(self.seconds))
-        os.replace(temporary, self._path)
+        with contextlib.suppress(OSError):  # a full disk must not end the work for the sake of a clock
+            replace_file(self._path, json.dumps(self.seconds))
 
 
 def read_duration(work_folder: Path) -> float:

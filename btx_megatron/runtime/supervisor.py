@@ -1,9 +1,10 @@
 """The one process that signals reach: it starts the stages' processes, watches them, and passes a stop on.
 
 Each stage runs in a session of its own, so Ctrl-C in the terminal reaches the supervisor alone. On SIGINT,
-SIGTERM, SIGUSR1 or SIGUSR2 it asks every stage that can save to do so, kills the others, and waits; a
-second Ctrl-C kills all at once. There are no threads: a child's parent-death signal (runtime/parent.py) is
-tied to the thread that started it, and forking beside threads is how programs hang.
+SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP (unless started with nohup) it asks every stage that can save to do so,
+kills the others, and waits; a second Ctrl-C kills all at once. There are no threads: a child's parent-death
+signal (runtime/parent.py) is tied to the thread that started it, and forking beside threads is how programs
+hang.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from btx_megatron.runtime.progress import PROGRESS_FILE
 from btx_megatron.runtime.stop import clear_stop, request_stop
 from btx_megatron.runtime.stopwatch import Stopwatch
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 _KILL_PATIENCE_SECONDS = 30.0
 _LOG_TAIL_BYTES = 20_000
@@ -162,7 +163,10 @@ class Supervisor:
         self._signals.append(number)
 
     def __enter__(self) -> Self:
-        self._handlers = {number: signal.signal(number, self._note_signal) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # started with nohup: the terminal may go
+            self._handlers[number] = signal.signal(number, self._note_signal)
         return self
 
     def __exit__(

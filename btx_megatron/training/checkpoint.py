@@ -120,8 +120,8 @@ def _reading(path: Path, remedy: str) -> Iterator[None]:
         raise
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
         raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}, the log has more): it is damaged, or of another "
-            f"model; restore it, or {remedy}"
+            f"{path}: cannot be read ({type(error).__name__}, the log has more): it is damaged, or of "
+            f"another model; restore it, or {remedy}"
         ) from error
 
 
@@ -142,7 +142,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     # the local layers' _extra_state is empty, and converters need not write it
     wanted = {"model": {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}}
     with _reading(path, "make its stage again"):
-        # Megatron calls "missing" what the checkpoint has and the model does not, and "unexpected" the reverse
+        # Megatron calls "missing" what the checkpoint has beyond the model, and "unexpected" the reverse
         loaded, extra, absent = dist_checkpointing.load(wanted, str(path), strict="return_all")
     left_over = sorted(key for key in extra if is_weight(key))
     if absent or left_over:

@@ -24,8 +24,12 @@ def run_training(job: Job) -> dict[str, Any]:
 
     Raises Stopped after a checkpoint where a stop was asked for.
     """
+    with ranks.joined_ranks():
+        return _run_training(job)
+
+
+def _run_training(job: Job) -> dict[str, Any]:
     stage = job.recipe.stage(job.stage)
-    ranks.start_ranks()
     ranks.set_layout(stage.layout, stage.training.seed)
     # Megatron may be imported only now, behind the CPU backend
     from btx_megatron.training.checkpoint import TrainingState, load_weights, resume
@@ -42,10 +46,7 @@ def run_training(job: Job) -> dict[str, Any]:
     if not resume(job.work_folder / "checkpoints", state) and job.load_from is not None:
         load_weights(job.load_from, trainer.model)
         trainer.optimizer.reload_model_params()  # the fp32 masters were made from the initial weights
-    try:
-        seconds = _train(job, stage, trainer, state)
-    finally:
-        ranks.stop_ranks()
+    seconds = _train(job, stage, trainer, state)
     tokens = state.consumed_samples * job.recipe.model.seq_length
     return {"tokens": tokens, "iterations": state.iteration, "training_seconds": round(seconds, 3)}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from btx_megatron.data.workers import WINDOW_PER_WORKER, Workers, available_cores
+from btx_megatron.data.workers import WINDOW_PER_WORKER, Workers
+from btx_megatron.runtime.cores import available_cores
 
 ORPHANS = """
 import os, sys, time

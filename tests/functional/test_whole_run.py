@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from btx_megatron.checkpoints.tracker import find_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +58,7 @@ RECIPE: dict[str, Any] = {
         "finetune": {"layout": TWO_RANKS | {"expert_model_parallel_size": 2}},
     },
     "baselines": [],
+    "launch": {"device": "cpu"},
     "evaluate": {"layout": TWO_RANKS | {"expert_model_parallel_size": 2}},
 }
 TRAINED = ("seed", "experts/json", "experts/io", "experts/xml", "finetune")
@@ -162,6 +166,31 @@ def test_stopped_killed_and_gone_on_with_gives_the_same_run(recipe: Path, whole:
     assert code == 0
     assert "nothing to do" in output
     assert time.monotonic() - started < 5
+
+
+def test_the_recipe_lies_in_every_checkpoint(whole: Path) -> None:
+    from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+
+    resolved = yaml.safe_load((whole / "recipe.yaml").read_text())
+    for stage in (*TRAINED, "mix", "average"):
+        common = load_common_state_dict(str(find_checkpoint(whole / stage)))
+        assert common["recipe"] == resolved, stage
+
+
+def test_damaged_weights_are_refused_before_they_are_trained_on(whole: Path, recipe: Path) -> None:
+    run = recipe.parent / "damaged"
+    shutil.copytree(whole, run)
+    for stage in ("finetune", "evaluate", "report"):
+        shutil.rmtree(run / stage)
+    file = find_checkpoint(run / "mix") / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    command = [sys.executable, "-m", "btx_megatron", "finetune", str(recipe), f"run_folder={run}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert str(run / "mix") in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_verify_reads_what_the_run_wrote(whole: Path) -> None:

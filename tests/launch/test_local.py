@@ -193,7 +193,7 @@ def test_a_users_mistake_in_a_stage_is_one_line_and_exit_2(recipe_file: Path) ->
     assert run.manifest("prepare") is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_stops_after_saving_and_the_same_command_goes_on(
     branching: Path, number: signal.Signals
 ) -> None:

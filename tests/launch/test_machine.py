@@ -9,10 +9,11 @@ import pytest
 from btx_megatron.errors import UserError
 from btx_megatron.launch import machine
 from btx_megatron.launch.display import Pace, PlainDisplay, clock, end_line
-from btx_megatron.launch.machine import Machine, this_machine
+from btx_megatron.launch.machine import Machine, check_packages, this_machine
 from btx_megatron.launch.tables import columns
 from btx_megatron.pipeline import PipelineStage
 from btx_megatron.recipe import Layout
+from btx_megatron.runtime import cores as cores_module
 from btx_megatron.runtime.outcome import Outcome
 from btx_megatron.runtime.progress import ProgressRecord
 
@@ -22,7 +23,7 @@ def test_cores_keep_to_affinity_and_container_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, cores: int
 ) -> None:
     (tmp_path / "cpu.max").write_text(quota)
-    monkeypatch.setattr(machine, "_CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cores_module, "_CPU_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
     assert this_machine().cores == cores
 
@@ -30,6 +31,7 @@ def test_cores_keep_to_affinity_and_container_quota(
 def test_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5")
     assert this_machine().gpus == ("2", "5")
+    assert this_machine("cpu").gpus == ()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert this_machine().gpus == ()
 
@@ -41,6 +43,15 @@ def test_gpus_are_not_shared_but_cores_are() -> None:
     with pytest.raises(UserError, match="stage seed has 4 ranks and this machine 2 GPUs"):
         Machine(cores=64, gpus=("0", "1")).check([stage])
     Machine(cores=64, gpus=("0",)).check([PipelineStage("mix", "mix", (), ranks=1)])
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [PipelineStage("prepare", "prepare", ()), PipelineStage("seed", "train", ())]
+    check_packages(stages)
+    monkeypatch.setattr(machine, "find_spec", lambda package: None)
+    check_packages(stages[:1])
+    with pytest.raises(UserError, match="stage seed needs the package megatron, which is not installed here"):
+        check_packages(stages)
 
 
 def test_pace_starts_with_the_first_report_of_a_phase() -> None:
@@ -68,12 +79,14 @@ def test_plain_display_speaks_at_start_end_and_every_half_minute(
         "seed: started (DP2)",
         "seed: training 30/100, 1/s, 1:10 left, loss 2.5",
         "seed: training 60/100, 1/s, 0:40 left, loss 2.5",
-        "seed: done in 1:01, loss 2.5",
+        "seed: done in 1:01, last batch: loss 2.5",
     ]
 
 
 def test_texts() -> None:
     assert [clock(s) for s in (0, 59.6, 3599, 3600)] == ["0:00", "1:00", "59:59", "1:00:00"]
+    mixed = ProgressRecord("mixing", 9, 9, "decoder.final_layernorm.weight", 0.0)
+    assert end_line("mix", Outcome("done"), 5, mixed) == "mix: done in 0:05"
     assert end_line("a", Outcome("failed", "ValueError: x"), 5, None) == "a: failed after 0:05: ValueError: x"
     assert str(Layout()) == "1 rank"
     assert str(Layout(tensor_model_parallel_size=2, sequence_parallel=True)) == "TP2 SP"

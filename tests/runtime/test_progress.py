@@ -19,6 +19,7 @@ from btx_megatron.runtime.outcome import (
 )
 from btx_megatron.runtime.progress import Progress, read_progress
 from btx_megatron.runtime.stop import clear_stop, request_stop, stop_requested
+from btx_megatron.runtime.stopwatch import Stopwatch, read_duration
 
 
 def test_progress_is_throttled_but_never_loses_first_and_last(tmp_path: Path) -> None:
@@ -39,6 +40,17 @@ def test_progress_is_throttled_but_never_loses_first_and_last(tmp_path: Path) ->
 
 def test_no_progress_yet(tmp_path: Path) -> None:
     assert read_progress(tmp_path) is None
+
+
+def test_what_cannot_be_written_ends_no_work(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"  # as a full disk, or a file server that is away for a moment
+    Progress(gone).update("training", 1, 2)
+    stopwatch = Stopwatch(gone)
+    stopwatch.save()
+    assert stopwatch.seconds >= 0
+    gone.mkdir()
+    stopwatch.save()
+    assert read_duration(gone) > 0
 
 
 def test_stop_request(tmp_path: Path) -> None:

@@ -1,0 +1,20 @@
+"""CPU cores that this process may use: fewer than there are, on a shared node or in a container."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def available_cores() -> int:
+    """Cores by affinity and by the container's quota, rounded up; at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _CPU_QUOTA.read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no container, or "max": no quota
+        pass
+    return max(1, cores)
