@@ -45,6 +45,8 @@ def find_checkpoint(path: Path) -> Path:
     if (path / "checkpoints" / TRACKER).exists():  # a stage of a run
         path = path / "checkpoints"
     latest = latest_checkpoint(path)
+    if latest is None and (path / "recipe.yaml").exists():
+        raise UserError(f"{path}: a run, not a checkpoint; name one of its stages, as {path / 'finetune'}")
     if latest is None:
         raise UserError(f"{path}: no Megatron checkpoint there (neither .metadata nor {TRACKER})")
     return latest

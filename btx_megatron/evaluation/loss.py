@@ -16,22 +16,15 @@ import numpy as np
 import torch
 
 from btx_megatron.data.held_out import held_out_windows
-from btx_megatron.job import Job
-from btx_megatron.recipe import SEED, Recipe, Stage
+from btx_megatron.evaluation.rows import rows_of
+from btx_megatron.job import CHECKPOINTS, Job
+from btx_megatron.recipe import Stage
+from btx_megatron.run_folder import stage_folder
 from btx_megatron.runtime import ranks
 from btx_megatron.runtime.progress import Progress
 
 MOE_ROWS = ("merged", "btx")
 Windows = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
-
-
-def rows_of(recipe: Recipe) -> dict[str, str]:
-    """The rows of the result table, in order: row -> the stage folder whose checkpoint it is."""
-    rows = {SEED: "seed"}
-    rows |= {f"expert:{name}": f"experts/{name}" for name in recipe.domain_names}
-    rows |= {"average": "average", "merged": "mix"}
-    rows |= {baseline: baseline for baseline in recipe.baselines}
-    return rows | {"btx": "finetune"}
 
 
 def run_evaluation(job: Job) -> dict[str, Any]:
@@ -61,14 +54,14 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
     models: dict[int | None, torch.nn.Module] = {}
     losses: dict[str, dict[str, float]] = {}
     routing: list[list[list[float]]] = []
-    for done, (row, folder) in enumerate(rows.items()):
+    for done, (row, made_by) in enumerate(rows.items()):
         if progress:
             progress.update("evaluating", done, len(rows), row)
         experts = len(recipe.expert_names) if row in MOE_ROWS else None
         if experts not in models:
             models[experts] = build_model(recipe, stage, vocabulary, experts)
         model = models[experts]
-        load_weights(job.run_folder / folder / "checkpoints", model)
+        load_weights(job.run_folder / stage_folder(made_by) / CHECKPOINTS, model)
         take_routing_share(model, recipe.model.num_layers)
         losses[row] = {}
         for name in recipe.domain_names:

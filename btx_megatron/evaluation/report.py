@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from btx_megatron.errors import UserError
 from btx_megatron.estimate import recipe_parameter_counts
 from btx_megatron.evaluation.page import render_page
+from btx_megatron.evaluation.rows import rows_of
 from btx_megatron.manifest import Manifest
 from btx_megatron.recipe import SEED, Recipe
 from btx_megatron.recipe_checks import training_stages
@@ -47,12 +48,6 @@ def write_report(recipe: Recipe, run_folder: Path, out: Path) -> dict[str, Any]:
     return summary
 
 
-def rows(recipe: Recipe) -> list[str]:
-    """The models of the table, in its order."""
-    experts = [f"expert:{name}" for name in recipe.domain_names]
-    return [SEED, *experts, "average", "merged", *recipe.baselines, "btx"]
-
-
 def read_evaluation(recipe: Recipe, run_folder: Path) -> dict[str, Any]:
     """What ``evaluate`` measured. Raises UserError where it did not run, or measured another set of rows."""
     path = RunFolder(run_folder).published("evaluate") / "evaluation.json"
@@ -62,7 +57,7 @@ def read_evaluation(recipe: Recipe, run_folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not there; run `btx run` or `btx evaluate` first") from None
     except ValueError:
         raise UserError(f"{path}: broken; delete {path.parent} and run `btx evaluate` again") from None
-    for row in rows(recipe):
+    for row in rows_of(recipe):
         if list(evaluation["held_out_loss"].get(row, {})) != recipe.domain_names:
             raise UserError(f"{path}: no losses of '{row}' on every domain; run `btx evaluate` again")
     return evaluation
@@ -97,8 +92,8 @@ def read_curves(recipe: Recipe, run_folder: Path) -> dict[str, list[tuple[int, f
 def summarize(recipe: Recipe, evaluation: dict[str, Any], manifests: dict[str, Manifest]) -> dict[str, Any]:
     """The content of ``summary.json``; ``mean`` is the plain mean over domains."""
     return {
-        "held_out_loss": {row: _with_mean(evaluation["held_out_loss"][row]) for row in rows(recipe)},
-        "tokens": {row: _tokens(row, recipe, manifests) for row in rows(recipe)},
+        "held_out_loss": {row: _with_mean(evaluation["held_out_loss"][row]) for row in rows_of(recipe)},
+        "tokens": {row: _tokens(row, recipe, manifests) for row in rows_of(recipe)},
         "stage_seconds": {stage: manifest.duration_seconds for stage, manifest in manifests.items()},
         "parameters": asdict(recipe_parameter_counts(recipe)),
     }

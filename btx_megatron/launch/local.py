@@ -88,8 +88,18 @@ def _run(
             machine.check(stages)
         with make_display() as display:
             if not stages:
-                display.say(f"nothing to do: finished already, in {run.path}")
+                display.say(
+                    f"nothing to do: finished already, in {run.path}{_what_is_gone(recipe, run, alone)}"
+                )
             _LocalRun(recipe, run, machine, supervisor, display, command_line).work_off(stages)
+
+
+def _what_is_gone(recipe: Recipe, run: RunFolder, alone: bool) -> str:
+    """Stages that somebody took away after the report was written from them."""
+    gone = [stage.name for stage in stages_of(recipe) if run.manifest(stage.name) is None]
+    if alone or not gone:
+        return ""
+    return f" (no longer there: {', '.join(gone)}; to make them again, delete what was made from them, too)"
 
 
 def _alone(stages: list[PipelineStage], run: RunFolder, targets: Collection[str]) -> list[PipelineStage]:

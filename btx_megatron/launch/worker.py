@@ -19,6 +19,7 @@ from typing import Any
 
 from btx_megatron.errors import Stopped
 from btx_megatron.job import CHECKPOINTS, LAUNCH_FILES, Job, Task, read_job
+from btx_megatron.recipe import SEED
 from btx_megatron.recipe_file import recipe_to_dict
 from btx_megatron.run_folder import stage_folder
 from btx_megatron.runtime.outcome import error_line, write_error, write_result, write_stopped
@@ -128,9 +129,8 @@ def _verify_inputs(job: Job) -> None:
 
 def _expert_checkpoints(job: Job) -> dict[str, Path]:
     """Checkpoint folder of each expert, in the order of the router's rows: the seed, if any, last."""
-    experts = {name: job.run_folder / "experts" / name for name in job.recipe.domain_names}
-    experts |= {name: job.run_folder / name for name in job.recipe.expert_names if name not in experts}
-    return {name: folder / CHECKPOINTS for name, folder in experts.items()}
+    stages = {name: SEED if name == SEED else f"expert:{name}" for name in job.recipe.expert_names}
+    return {name: job.run_folder / stage_folder(stage) / CHECKPOINTS for name, stage in stages.items()}
 
 
 def _hash_outputs(work_folder: Path) -> dict[str, Any]:

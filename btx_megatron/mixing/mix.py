@@ -45,8 +45,9 @@ def mix(
 ) -> dict[str, Any]:
     """Mix dense checkpoints into a MoE checkpoint (a ``release``) in ``output``; returns its tensors' table.
 
-    Expert i is source i, and so is row i of the router. ``recipe`` travels in the checkpoint. Raises UserError if the sources do not fit
-    together or hold values that are not finite; then ``output`` has no tracker.
+    Expert i is source i, and so is row i of the router. ``recipe`` travels in the checkpoint. Raises
+    UserError if the sources do not fit together or hold values that are not finite; then ``output`` has
+    no tracker.
     """
     opened = {name: DistCheckpoint(path) for name, path in sources.items()}
     if topk > len(sources):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from btx_megatron.checkpoints.tracker import latest_checkpoint, prune, write_tracker
+from btx_megatron.checkpoints.tracker import find_checkpoint, latest_checkpoint, prune, write_tracker
+from btx_megatron.errors import UserError
 
 
 def folders(root: Path) -> list[str]:
@@ -29,6 +30,15 @@ def test_prune_never_takes_the_latest(tmp_path: Path, there: list[int], keep: in
     prune(tmp_path, 120, keep)
     assert folders(tmp_path) == [f"iter_{step:07d}" for step in stays]
     assert latest_checkpoint(tmp_path) == tmp_path / "iter_0000120"
+
+
+def test_a_run_is_no_checkpoint_but_its_stages_are(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(UserError, match="a run, not a checkpoint; name one of its stages"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "seed" / "checkpoints" / "iter_0000005").mkdir(parents=True)
+    write_tracker(tmp_path / "seed" / "checkpoints", "5")
+    assert find_checkpoint(tmp_path / "seed").name == "iter_0000005"
 
 
 def test_a_folder_without_a_tracker_has_no_checkpoint(tmp_path: Path) -> None:

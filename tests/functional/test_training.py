@@ -70,20 +70,16 @@ def factor(found: Tensor, expected: Tensor) -> float:
 def test_scale_of_the_balancing_gradient(one: dict[str, Any], kind: str) -> None:
     """At every weight, the routers' first of all, also where it arrives through later layers alone."""
     case = one["balancing"][kind]
-    reached = 0
+    reached = set()
     for name, expected in case["of balancing"].items():
         found = case["with"][name] - case["without"][name]
-        # the difference of two gradients keeps their rounding: they are up to 1000 times as large
+        # the difference of two gradients keeps their rounding: they are up to 100 times as large
         assert (found - expected).abs().max() < 2e-7, name
         if expected.norm() > 1e-3:
-            assert factor(found, expected) == pytest.approx(1, abs=1e-3), name
-            reached += 1
-    assert reached > 10
-    last = f"decoder.layers.{MODEL.num_layers - 1}.mlp.router.weight"
-    assert case["of balancing"][last].norm() > 4e-3
-    assert factor(case["with"][last] - case["without"][last], case["of balancing"][last]) == pytest.approx(
-        1, abs=1e-4
-    )
+            assert factor(found, expected) == pytest.approx(1, abs=1e-4), name
+            reached.add(name)
+    assert len(reached) > 10
+    assert reached >= {f"decoder.layers.{layer}.mlp.router.weight" for layer in range(MODEL.num_layers)}
 
 
 @pytest.mark.parametrize("kind", BALANCES)
@@ -117,7 +113,7 @@ def test_scale_of_the_balancing_gradient_under_a_layout(
     for rank in two["balancing"][kind, name]:
         for layer, found in rank.items():
             expected = one["balancing"][kind]["of balancing"][f"decoder.layers.{layer}.mlp.router.weight"]
-            assert factor(found, expected) == pytest.approx(1, abs=1e-3)
+            assert factor(found, expected) == pytest.approx(1, abs=1e-4)
             assert (found - expected).abs().max() < 1e-7
             seen.add(layer)
     assert seen == set(range(MODEL.num_layers))
@@ -176,7 +172,7 @@ def test_learning_rates_by_hand(one: dict[str, Any]) -> None:
 # --- weight decay
 
 
-def test_matrices_decay_and_norms_do_not(one: dict[str, Any]) -> None:
+def test_matrices_decay(one: dict[str, Any]) -> None:
     """Two first steps from the same weights and gradients differ by -lr * decay * w, for all matrices."""
     plain, decayed = one["plain"], one["decayed"]
     rate = plain["learning_rate"]

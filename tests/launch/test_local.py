@@ -133,6 +133,11 @@ def test_whole_pipeline_then_nothing_to_do(recipe_file: Path) -> None:
     assert code == 0
     assert "nothing to do" in out
     assert "started" not in out
+    assert "no longer there" not in out
+    shutil.rmtree(run.published("finetune"))
+    code, out, err = drive(recipe_file)
+    assert code == 0
+    assert "no longer there: finetune; to make them again, delete what was made from them, too" in out
 
 
 def expert_spans(run: RunFolder) -> list[tuple[float, float]]:
