@@ -215,7 +215,7 @@ class Training:
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the schedule after warm-up."""
     lr_warmup_iters: int = 100
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up; the first step has learning rate 0, as in Megatron."""
     weight_decay: float = 0.1
     """AdamW's decay, on matrices (the router's too); norms and biases are left out."""
     adam_beta1: float = 0.9

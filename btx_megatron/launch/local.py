@@ -94,10 +94,10 @@ def _run(
             _LocalRun(recipe, run, machine, supervisor, display, command_line).work_off(stages)
 
 
-def _what_is_gone(recipe: Recipe, run: RunFolder, alone: bool) -> str:
+def _what_is_gone(recipe: Recipe, run: RunFolder) -> str:
     """Stages that somebody took away after the report was written from them."""
     gone = [stage.name for stage in stages_of(recipe) if run.manifest(stage.name) is None]
-    if alone or not gone:
+    if not gone:
         return ""
     return f" (no longer there: {', '.join(gone)}; to make them again, delete what was made from them, too)"
 

@@ -46,7 +46,11 @@ def build_optimizer(model: DistributedDataParallel, stage: Stage) -> MegatronOpt
 def build_scheduler(
     optimizer: MegatronOptimizer, training: Training, train_iters: int
 ) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then the recipe's decay to ``min_lr`` at the last step; counted in samples."""
+    """Linear warm-up from 0, then the recipe's decay to ``min_lr``; counted in samples.
+
+    Megatron's convention: step k takes the value after k - 1 steps, so with warm-up the first step has
+    rate 0, and ``min_lr`` is reached after the last.
+    """
     batch = training.global_batch_size
     return OptimizerParamScheduler(
         optimizer,
