@@ -88,9 +88,8 @@ def _run(
             machine.check(stages)
         with make_display() as display:
             if not stages:
-                display.say(
-                    f"nothing to do: finished already, in {run.path}{_what_is_gone(recipe, run, alone)}"
-                )
+                gone = "" if alone else _what_is_gone(recipe, run)
+                display.say(f"nothing to do: finished already, in {run.path}{gone}")
             _LocalRun(recipe, run, machine, supervisor, display, command_line).work_off(stages)
 
 
