@@ -1,0 +1,176 @@
+"""Where the bytes of a weight lie, and the one way in which they are read and written.
+
+Every format stores a model cut in another way. To us a model is a set of *parts*: a weight without layer and
+expert axes (``linear_fc1`` of layer 3, expert 1), a matrix [rows, cols] or a vector, which counts as a matrix
+of one column. A format tells for each part which *pieces* of which files hold it; this module moves the bytes.
+So a format is an index and nothing else, and every input works with every output.
+
+Files are read with ``pread`` into buffers of our own and not through a memory map: a file that is cut short
+is an error that can be told, not a SIGBUS; and memory stays what we ask for.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from btx_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A weight, under its stacked name."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A block of a part that lies in one file, row by row."""
+
+    file: str
+    """Path, relative to the checkpoint's folder."""
+    offset: int
+    """Byte of its first element."""
+    rows: int
+    cols: int
+    row: int = 0
+    """Where it lies in the part: its first row,"""
+    col: int = 0
+    """and its first column."""
+    stride: int | None = None
+    """Elements from one row to the next in the file; None: they follow one another."""
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """[rows, cols] of a part: a vector is a matrix of one column."""
+    rows, cols = shape if len(shape) == 2 else (*shape, 1)
+    return rows, cols
+
+
+def check_cover(pieces: Iterable[Piece], shape: tuple[int, ...], what: str) -> None:
+    """Raise UserError unless the pieces tile the part: every element once."""
+    rows, cols = matrix_shape(shape)
+    taken: list[tuple[int, int, int, int]] = []
+    area = 0
+    for piece in pieces:
+        box = (piece.row, piece.row + piece.rows, piece.col, piece.col + piece.cols)
+        inside = 0 <= box[0] <= box[1] <= rows and 0 <= box[2] <= box[3] <= cols
+        overlapping = any(
+            box[0] < other[1] and other[0] < box[1] and box[2] < other[3] and other[2] < box[3]
+            for other in taken
+        )
+        if not inside or overlapping:
+            raise UserError(f"{what}: a stored block of it sticks out or overlaps another; restore the files")
+        taken.append(box)
+        area += piece.rows * piece.cols
+    if area != rows * cols:
+        raise UserError(f"{what}: {area} of {rows * cols} values are stored; restore what is missing")
+
+
+class Files:
+    """The files of one folder, each opened once and shared by all threads; a context manager."""
+
+    def __init__(self, folder: Path, flags: int = os.O_RDONLY) -> None:
+        self.folder = folder
+        self._flags = flags
+        self._open: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def descriptor(self, file: str) -> int:
+        """The file, open. Raises UserError if it is missing."""
+        with self._lock:
+            if file not in self._open:
+                try:
+                    self._open[file] = os.open(self.folder / file, self._flags, 0o666)
+                except OSError as error:
+                    raise UserError(
+                        f"{self.folder / file}: cannot be opened ({error.strerror}); restore it"
+                    ) from None
+            return self._open[file]
+
+    def close(self) -> None:
+        """Close all files."""
+        with self._lock:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
+
+    def sync(self) -> None:
+        """Bring all files to disk."""
+        for descriptor in self._open.values():
+            os.fsync(descriptor)
+
+
+@contextmanager
+def closing_files(files: Files) -> Iterator[Files]:
+    """Close the files at the end of the block."""
+    try:
+        yield files
+    finally:
+        files.close()
+
+
+def read_rows(files: Files, pieces: Iterable[Piece], info: TensorInfo, start: int, stop: int) -> Tensor:
+    """Rows ``start`` to ``stop`` of a part: [stop - start, cols], or [stop - start] of a vector.
+
+    ``info`` is the part's own shape and dtype. Raises UserError, naming the file, where bytes are missing.
+    """
+    _, cols = matrix_shape(info.shape)
+    out = torch.empty((stop - start, cols), dtype=info.dtype)
+    for piece in pieces:
+        first, last = max(start, piece.row), min(stop, piece.row + piece.rows)
+        if first >= last:
+            continue
+        target = out[first - start : last - start, piece.col : piece.col + piece.cols]
+        stride = piece.cols if piece.stride is None else piece.stride
+        offset = piece.offset + (first - piece.row) * stride * info.dtype.itemsize
+        whole = target.is_contiguous() and stride == piece.cols
+        elements = (last - first - 1) * stride + piece.cols
+        block = target if whole else torch.empty(elements, dtype=info.dtype)
+        _read_into(files, piece.file, offset, block)
+        if not whole:
+            target.copy_(block.as_strided((last - first, piece.cols), (stride, 1)))
+    return out if len(info.shape) == 2 else out.squeeze(1)
+
+
+def write_rows(files: Files, pieces: Iterable[Piece], start: int, block: Tensor) -> None:
+    """Write rows of a part from ``start`` on into every piece that they meet. Raises OSError (a full disk)."""
+    matrix = block if block.dim() == 2 else block.unsqueeze(1)
+    stop = start + len(matrix)
+    for piece in pieces:
+        first, last = max(start, piece.row), min(stop, piece.row + piece.rows)
+        if first >= last:
+            continue
+        assert piece.stride is None  # what we write follows one another
+        source = matrix[first - start : last - start, piece.col : piece.col + piece.cols].contiguous()
+        offset = piece.offset + (first - piece.row) * piece.cols * block.dtype.itemsize
+        _write_from(files, piece.file, offset, source)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor of any dtype."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def _read_into(files: Files, file: str, offset: int, block: Tensor) -> None:
+    view, descriptor, done = bytes_of(block), files.descriptor(file), 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise UserError(f"{files.folder / file}: ends too early, it is cut short; restore it")
+        done += count
+
+
+def _write_from(files: Files, file: str, offset: int, block: Tensor) -> None:
+    view, descriptor, done = bytes_of(block), files.descriptor(file), 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
