@@ -3,9 +3,12 @@
 The marks themselves are registered in pyproject.toml, which also leaves them out by default.
 """
 
+import signal
 from pathlib import Path
 
 import pytest
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may themselves be run with nohup
 
 _MARKED_FOLDERS = ("gpu", "slurm")
 

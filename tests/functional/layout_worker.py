@@ -167,7 +167,7 @@ def damaged(folder: Path) -> str:
     from btx_megatron.training.checkpoint import resume, save
 
     run = Run("dense", DP2_DISTRIBUTED, folder)
-    run.state.iteration = 1
+    run.steps(1)
     path = save(folder / "damaged", run.state, {}, keep=1)
     if torch.distributed.get_rank() == 0:
         os.truncate(min(path.glob("*.distcp")), 1000)

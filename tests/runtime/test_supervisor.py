@@ -70,6 +70,17 @@ def test_each_stop_signal_is_passed_on(tmp_path: Path, number: signal.Signals) -
     assert {name: outcome.kind for name, (outcome, _) in ends.items()} == {"a": "stopped", "b": "stopped"}
 
 
+def test_under_nohup_the_terminal_may_go() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Supervisor() as supervisor:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert supervisor.stop_signal is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_ctrl_c_kills_but_a_second_sigterm_waits(tmp_path: Path) -> None:
     with Supervisor() as supervisor:
         supervisor.start("a", command(tmp_path / "a", DEAF))
