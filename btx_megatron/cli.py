@@ -135,9 +135,108 @@ def train(
 
 
 @app.command()
-def mix(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Merge the experts into a mixture of experts, and (the baseline) into their average."""
-    _run_alone(_load(recipe, overrides), ["mix", "average"])
+def mix(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe, a YAML file.")
+    ] = None,
+    overrides: Overrides = None,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="Without a recipe: an expert; once for each."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="PATH", help="Where the mixture goes.")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="What base, ties and dare measure from; nobody's expert."),
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(help="hf, megatron or megatron-legacy; else the experts' own.")
+    ] = None,
+    average: Annotated[
+        str, typer.Option(help="Of all but experts: mean, weighted, base, ties, dare.")
+    ] = "mean",
+    weight: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=W", help="Weight in the average; 1 where not given.")
+    ] = None,
+    density: Annotated[float, typer.Option(help="Share of the entries that ties and dare keep.")] = 0.5,
+    experts: Annotated[str, typer.Option(help="stack, split, blend, copies or virtual.")] = "stack",
+    chunks: Annotated[int, typer.Option(help="Chunks of each feed-forward (split, virtual).")] = 1,
+    copies: Annotated[int, typer.Option(help="Copies of each expert (copies, virtual).")] = 1,
+    drop_ratio: Annotated[float, typer.Option(help="Share of each expert's units to draw anew.")] = 0.0,
+    router_init: Annotated[str, typer.Option(help="normal or zero.")] = "normal",
+    router_std: Annotated[float, typer.Option(help="Standard deviation of a normal router.")] = 0.02,
+    router_topk: Annotated[int, typer.Option(help="Experts a token takes.")] = 2,
+    router_pre_softmax: Annotated[
+        bool, typer.Option("--router-pre-softmax", help="Softmax before top-k.")
+    ] = False,
+    target_tensor_model_parallel_size: Annotated[int, typer.Option(metavar="T", help="Legacy shards.")] = 1,
+    target_pipeline_model_parallel_size: Annotated[int, typer.Option(metavar="P", help="Legacy shards.")] = 1,
+    target_expert_model_parallel_size: Annotated[
+        int, typer.Option(metavar="E", help="Each EP rank's experts in files of their own.")
+    ] = 1,
+    random_seed: Annotated[int, typer.Option(help="Of the router, dare and drop.")] = 1234,
+    workers: Annotated[int, typer.Option(help="Threads; 0: one a core.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
+) -> None:
+    """Merge the experts into a mixture of experts, and (the baseline) into their average.
+
+    With a RECIPE: that stage of the pipeline. With --expert and --output: checkpoints of any format.
+    """
+    if recipe is not None:
+        if expert or output:
+            raise UserError("mix: give a RECIPE, or --expert and --output, not both")
+        _run_alone(_load(recipe, overrides), ["mix", "average"])
+        return
+    if not expert or output is None:
+        raise UserError("mix: give a RECIPE, or --expert NAME=PATH (once for each) and --output PATH")
+    from btx_megatron.checkpoints.formats import Parallel
+    from btx_megatron.mixing import command
+
+    options = command.mix_options(
+        average=average,
+        weights=command.named_numbers("--weight", weight or []),
+        density=density,
+        experts=experts,
+        chunks=chunks,
+        copies=copies,
+        drop_ratio=drop_ratio,
+        router_init=router_init,
+        router_std=router_std,
+        router_topk=router_topk,
+        router_pre_softmax=router_pre_softmax,
+        random_seed=random_seed,
+    )
+    parallel = Parallel(
+        target_tensor_model_parallel_size,
+        target_pipeline_model_parallel_size,
+        target_expert_model_parallel_size,
+    )
+    sources = command.named_paths("--expert", expert)
+    command.run_mix(sources, base, output, to, parallel, options, workers, dry_run)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint of any format.")],
+    output: Annotated[Path, typer.Argument(metavar="DST", help="Where the new one goes.")],
+    to: Annotated[str, typer.Option(help="hf, megatron or megatron-legacy.")],
+    target_tensor_model_parallel_size: Annotated[int, typer.Option(metavar="T", help="Legacy shards.")] = 1,
+    target_pipeline_model_parallel_size: Annotated[int, typer.Option(metavar="P", help="Legacy shards.")] = 1,
+    target_expert_model_parallel_size: Annotated[
+        int, typer.Option(metavar="E", help="Each EP rank's experts in files of their own.")
+    ] = 1,
+    workers: Annotated[int, typer.Option(help="Threads; 0: one a core.")] = 0,
+) -> None:
+    """Write a checkpoint, dense or MoE, in another format, bit for bit."""
+    from btx_megatron.checkpoints.formats import Parallel
+    from btx_megatron.mixing import command
+
+    parallel = Parallel(
+        target_tensor_model_parallel_size,
+        target_pipeline_model_parallel_size,
+        target_expert_model_parallel_size,
+    )
+    command.run_convert(source, output, to, parallel, workers)
 
 
 @app.command()

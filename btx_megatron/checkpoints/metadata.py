@@ -47,6 +47,8 @@ _ALLOWED = {
     ),
 }
 
+_PATHS = {("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath")}
+
 Box = tuple[int, ...]
 
 
@@ -75,33 +77,67 @@ class StoredTensor:
     """Together they hold as many values as the tensor has."""
 
 
+@dataclass(frozen=True)
+class StoredObject:
+    """A torch-saved object that is no tensor."""
+
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """What ``.metadata`` says."""
+
+    tensors: dict[str, StoredTensor]
+    objects: dict[str, StoredObject]
+
+
+def _path(*parts: str) -> str:
+    """torch keeps the folder that a checkpoint was saved to; of no use where it lies now."""
+    return "/".join(parts)
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PATHS:
+            return _path
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint index holds")
         return super().find_class(module, name)
 
 
-def read_index(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of the checkpoint in ``folder``, byte objects left out.
+def read_index(folder: Path) -> Index:
+    """The index of the checkpoint in ``folder``.
 
-    Raises UserError if the index is missing, broken or hostile, or leaves values of a tensor out.
+    Raises UserError if it is missing, broken or hostile, or leaves values of a tensor out.
     """
     path = folder / ".metadata"
     try:
         metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it is a {type(metadata).__name__}")
-        return {
-            str(key): _stored_tensor(metadata, key, entry)
-            for key, entry in metadata.state_dict_metadata.items()
+        entries = {str(key): entry for key, entry in metadata.state_dict_metadata.items()}
+        tensors = {
+            key: _stored_tensor(metadata, key, entry)
+            for key, entry in entries.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        return Index(tensors, {key: _stored_object(metadata, key) for key in set(entries) - set(tensors)})
     except FileNotFoundError:
         raise UserError(f"{folder}: no torch_dist checkpoint there (no .metadata)") from None
     except Exception as error:  # a damaged pickle may raise anything
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{path}: not a checkpoint index: {reason}; restore the file") from None
+
+
+def _stored_object(metadata: Metadata, key: str) -> StoredObject:
+    place = metadata.storage_data.get(MetadataIndex(key))
+    if place is None:
+        raise ValueError(f"no file is named for {key}")
+    start, length = _box((place.offset, place.length))
+    return StoredObject(Path(place.relative_path).name, start, length)
 
 
 def _stored_tensor(metadata: Metadata, key: str, entry: TensorStorageMetadata) -> StoredTensor:
@@ -133,23 +169,6 @@ def _box(numbers: Any) -> Box:
     if not all(isinstance(number, int) and number >= 0 for number in box):
         raise ValueError(f"{box} are not sizes")
     return box
-
-
-def overlaps(
-    chunk_offset: Box, chunk_shape: Box, start: Box, shape: Box
-) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Where a stored chunk meets a wanted box: slices into the chunk, and into the box; None if nowhere.
-
-    All four have the rank of the whole tensor; offsets and starts count from its origin.
-    """
-    in_chunk, in_box = [], []
-    for offset, length, begin, extent in zip(chunk_offset, chunk_shape, start, shape, strict=True):
-        low, high = max(offset, begin), min(offset + length, begin + extent)
-        if low >= high:
-            return None
-        in_chunk.append(slice(low - offset, high - offset))
-        in_box.append(slice(low - begin, high - begin))
-    return tuple(in_chunk), tuple(in_box)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

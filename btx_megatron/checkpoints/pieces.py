@@ -1,9 +1,9 @@
 """Where the bytes of a weight lie, and the one way in which they are read and written.
 
-Every format stores a model cut in another way. To us a model is a set of *parts*: a weight without layer and
-expert axes (``linear_fc1`` of layer 3, expert 1), a matrix [rows, cols] or a vector, which counts as a matrix
-of one column. A format tells for each part which *pieces* of which files hold it; this module moves the bytes.
-So a format is an index and nothing else, and every input works with every output.
+Every format stores a model cut in another way. To us a model is a set of *parts*: a weight without layer
+and expert axes (``linear_fc1`` of layer 3, expert 1), a matrix [rows, cols] or a vector, which counts as a
+matrix of one column. A format tells for each part which *pieces* of which files hold it; this module moves
+the bytes. So a format is an index and nothing else, and every input works with every output.
 
 Files are read with ``pread`` into buffers of our own and not through a memory map: a file that is cut short
 is an error that can be told, not a SIGBUS; and memory stays what we ask for.
@@ -11,17 +11,22 @@ is an error that can be told, not a SIGBUS; and memory stays what we ask for.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from btx_megatron.checkpoints.names import has_expert_axis, has_layer_axis
 from btx_megatron.errors import UserError
+
+Index = tuple[int, ...]
+"""Leading indices of a part: (), (layer,) or (layer, expert)."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,39 @@ class Piece:
     """and its first column."""
     stride: int | None = None
     """Elements from one row to the next in the file; None: they follow one another."""
+
+
+class Source(Protocol):
+    """A checkpoint to read."""
+
+    folder: Path
+    files: Files
+    tensors: dict[str, TensorInfo]
+
+    def pieces(self, name: str, index: Index) -> list[Piece]:
+        """Where a part lies."""
+        ...
+
+
+class Target(Protocol):
+    """A checkpoint to write, laid out."""
+
+    files: Files
+
+    def pieces(self, name: str, index: Index) -> list[Piece]:
+        """Where a part goes; a weight that several files hold has a piece in each."""
+        ...
+
+
+def indices_of(name: str, info: TensorInfo) -> list[Index]:
+    """The parts of a weight, by its leading indices, in row-major order."""
+    axes = 2 if has_expert_axis(name) else 1 if has_layer_axis(name) else 0
+    return list(itertools.product(*(range(length) for length in info.shape[:axes])))
+
+
+def part_info(info: TensorInfo, index: Index) -> TensorInfo:
+    """Shape and dtype of a part."""
+    return TensorInfo(info.shape[len(index) :], info.dtype)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -97,6 +135,17 @@ class Files:
                     ) from None
             return self._open[file]
 
+    def preallocate(self, file: str, length: int) -> None:
+        """Make a file in its whole length, so that a full disk shows before the work. Raises OSError."""
+        if length:
+            os.posix_fallocate(self.descriptor(file), 0, length)
+
+    def write(self, file: str, offset: int, content: bytes) -> None:
+        """Write bytes at a place."""
+        done = 0
+        while done < len(content):
+            done += os.pwrite(self.descriptor(file), content[done:], offset + done)
+
     def close(self) -> None:
         """Close all files."""
         with self._lock:
@@ -110,13 +159,12 @@ class Files:
             os.fsync(descriptor)
 
 
-@contextmanager
-def closing_files(files: Files) -> Iterator[Files]:
-    """Close the files at the end of the block."""
-    try:
-        yield files
-    finally:
-        files.close()
+def read_part(source: Source, name: str, index: Index) -> Tensor:
+    """A whole part."""
+    info = part_info(source.tensors[name], index)
+    pieces = source.pieces(name, index)
+    check_cover(pieces, info.shape, f"{source.folder}: {name} {list(index)}")
+    return read_rows(source.files, pieces, info, 0, info.shape[0])
 
 
 def read_rows(files: Files, pieces: Iterable[Piece], info: TensorInfo, start: int, stop: int) -> Tensor:
@@ -143,7 +191,10 @@ def read_rows(files: Files, pieces: Iterable[Piece], info: TensorInfo, start: in
 
 
 def write_rows(files: Files, pieces: Iterable[Piece], start: int, block: Tensor) -> None:
-    """Write rows of a part from ``start`` on into every piece that they meet. Raises OSError (a full disk)."""
+    """Write rows of a part from ``start`` on into every piece that they meet.
+
+    Raises OSError where the disk is full.
+    """
     matrix = block if block.dim() == 2 else block.unsqueeze(1)
     stop = start + len(matrix)
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Files of ``torch.save``, read and planned without running what is in them and without holding their tensors.
+"""Files of ``torch.save``, read and planned without running what is in them or holding their tensors.
 
 torch saves an object as a zip archive: ``data.pkl``, a pickle in which each tensor is a reference, and one
 uncompressed record a storage. Reading gives the object with a ``StoredArray`` (where the bytes lie) in the
@@ -46,6 +46,11 @@ _DTYPES = {
 }
 _STORAGES = {dtype: name for name, dtype in _DTYPES.items()}
 _INERT = ("torch", "numpy", "megatron", "transformer_engine")
+_HARMLESS = {
+    ("signal", "Signals"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+}  # in saved arguments
 _ALIGNMENT = 64  # as torch's own files, so that they can be memory-mapped
 _LARGE = 0xFFFFFFFF  # sizes from here on need zip64
 
@@ -195,7 +200,7 @@ class _Unpickler(pickle.Unpickler):
             return _DTYPES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if module.partition(".")[0] in _INERT:
+        if module.partition(".")[0] in _INERT or (module, name) in _HARMLESS:
             return type(name, (Opaque,), {})
         raise _Forbidden(f"its pickle names {module}.{name}, which no checkpoint holds")
 

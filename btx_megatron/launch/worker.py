@@ -69,30 +69,30 @@ def _prepare(job: Job) -> dict[str, Any]:
 def _mix(job: Job) -> dict[str, Any]:
     _verify_inputs(job)
     from btx_megatron.mixing.mix import mix
+    from btx_megatron.mixing.plan import MixOptions
 
-    tensors = mix(
-        _expert_checkpoints(job),
-        job.checkpoints,
+    options = MixOptions(
         router_std=job.recipe.mix.router_std,
         random_seed=job.recipe.mix.random_seed,
-        topk=job.recipe.moe.moe_router_topk,
-        recipe=recipe_to_dict(job.recipe),
-        progress=Progress(job.work_folder),
+        router_topk=job.recipe.moe.moe_router_topk,
+        router_pre_softmax=job.recipe.moe.moe_router_pre_softmax,
     )
-    return {"outputs": {"tensors": tensors}}
+    return {"outputs": {"tensors": mix(_expert_checkpoints(job), _output(job), options)}}
 
 
 def _average(job: Job) -> dict[str, Any]:
     _verify_inputs(job)
     from btx_megatron.mixing.mix import average
+    from btx_megatron.mixing.plan import MixOptions
 
-    tensors = average(
-        _expert_checkpoints(job),
-        job.checkpoints,
-        recipe=recipe_to_dict(job.recipe),
-        progress=Progress(job.work_folder),
-    )
-    return {"outputs": {"tensors": tensors}}
+    return {"outputs": {"tensors": average(_expert_checkpoints(job), _output(job), MixOptions())}}
+
+
+def _output(job: Job) -> Any:
+    from btx_megatron.mixing.mix import Output
+
+    recipe = recipe_to_dict(job.recipe)
+    return Output(job.checkpoints, to="megatron", recipe=recipe, progress=Progress(job.work_folder))
 
 
 def _report(job: Job) -> dict[str, Any]:

@@ -1,138 +1,186 @@
-"""The mix itself: a plan, then one pass over the tensors, layer by layer and expert by expert.
-
-Memory stays at a few layers of one tensor, whatever the size of the model and the number of experts.
-"""
+"""The mix itself: sources opened and compared, a plan, one pass over the weights, a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from btx_megatron.checkpoints.megatron_dist import DistCheckpoint, DistWriter
-from btx_megatron.checkpoints.metadata import dtype_name
-from btx_megatron.checkpoints.names import has_layer_axis
-from btx_megatron.checkpoints.tracker import RELEASE, write_tracker
+import btx_megatron
+from btx_megatron.checkpoints.config import ModelConfig
+from btx_megatron.checkpoints.formats import (
+    ONE_RANK,
+    Format,
+    Parallel,
+    config_of,
+    format_of,
+    open_checkpoint,
+    write_checkpoint,
+)
+from btx_megatron.checkpoints.pieces import Source
+from btx_megatron.checkpoints.stream import PlannedTensor, Reporter, copy_plan
 from btx_megatron.errors import UserError
-from btx_megatron.mixing.average import mean
-from btx_megatron.mixing.hashes import TensorHash
-from btx_megatron.mixing.plan import PlannedTensor, plan_average, plan_mix
-from btx_megatron.mixing.router_init import normal_router
-
-Part = tuple[tuple[int, ...], Tensor]
+from btx_megatron.mixing.experts import expert_width
+from btx_megatron.mixing.plan import MixOptions, num_experts, plan_average, plan_mix
 
 
-class Reporter(Protocol):
-    """Told how far the work is (``runtime.progress.Progress``)."""
+@dataclass(frozen=True)
+class Output:
+    """Where the result goes, and how it is written."""
 
-    def update(self, phase: str, done: int, total: int, text: str = "") -> None:
-        """``done`` of ``total`` tensors."""
-        ...
+    path: Path
+    to: Format | None = None
+    """None: the first source's own format."""
+    parallel: Parallel = ONE_RANK
+    workers: int = 0
+    """Threads; 0: one a core."""
+    recipe: Mapping[str, Any] | None = None
+    """Travels in a torch_dist checkpoint."""
+    manifest: bool = False
+    """Write ``manifest.json`` into it (a stage of a run has one of its own)."""
+    progress: Reporter | None = None
+
+
+@dataclass
+class Opened:
+    """The sources of a mix, opened and found to fit together."""
+
+    sources: dict[str, Source]
+    base: Source | None
+    config: ModelConfig | None
+    """None where no source says what model it is; then it cannot leave its format."""
+    tokenizer_files: list[Path]
 
 
 def mix(
-    sources: dict[str, Path],
-    output: Path,
-    *,
-    router_std: float,
-    random_seed: int,
-    topk: int,
-    recipe: dict[str, Any] | None = None,
-    progress: Reporter | None = None,
+    sources: Mapping[str, Path], output: Output, options: MixOptions, base: Path | None = None
 ) -> dict[str, Any]:
-    """Mix dense checkpoints into a MoE checkpoint (a ``release``) in ``output``; returns its tensors' table.
+    """Mix dense checkpoints into a MoE checkpoint; returns its tensors' table.
 
-    Expert i is source i, and so is row i of the router. ``recipe`` travels in the checkpoint. Raises
-    UserError if the sources do not fit together or hold values that are not finite; then ``output`` has
-    no tracker.
+    Expert i is source i, and so is row i of the router. Raises UserError if the sources do not fit together
+    or hold values that are not finite; then there is no output.
     """
-    opened = {name: DistCheckpoint(path) for name, path in sources.items()}
-    if topk > len(sources):
-        raise UserError(f"moe_router_topk={topk} is more than the {len(sources)} experts")
-    draw = _RouterDraw(router_std, random_seed)
-    common = _common(recipe) | {"mixed_from": list(sources), "moe_router_topk": topk}
-    return _write(opened, plan_mix(opened), output, common, draw, progress)
+    opened = open_sources(sources, base)
+    plan = plan_mix(opened.sources, options, opened.base)
+    config = opened.config
+    if config is not None:
+        width = expert_width(options.experts, len(sources), config.ffn_hidden_size, options.chunks)
+        count = num_experts(len(sources), options)
+        config = config.as_moe(count, width, options.router_topk, options.router_pre_softmax)
+    common = {"mixed_from": list(sources), "moe_router_topk": options.router_topk}
+    return _write(opened, plan, config, output, options, common)
 
 
 def average(
-    sources: dict[str, Path],
-    output: Path,
-    *,
-    recipe: dict[str, Any] | None = None,
-    progress: Reporter | None = None,
+    sources: Mapping[str, Path], output: Output, options: MixOptions, base: Path | None = None
 ) -> dict[str, Any]:
     """The whole model averaged over the sources, feed-forwards too: the baseline ``average``."""
-    opened = {name: DistCheckpoint(path) for name, path in sources.items()}
-    common = _common(recipe) | {"averaged_from": list(sources)}
-    return _write(opened, plan_average(opened), output, common, None, progress)
+    opened = open_sources(sources, base)
+    plan = plan_average(opened.sources, options, opened.base)
+    return _write(opened, plan, opened.config, output, options, {"averaged_from": list(sources)})
 
 
-def _common(recipe: dict[str, Any] | None) -> dict[str, Any]:
-    """Plain values that lie in the checkpoint beside its tensors."""
-    return {"iteration": 0, "checkpoint_version": 3.0} | ({"recipe": recipe} if recipe else {})
+def convert(source: Path, output: Output) -> dict[str, Any]:
+    """Write a checkpoint, dense or MoE, in another format; every weight bit for bit."""
+    opened = open_sources({"source": source}, None)
+    plan = copy_plan(opened.sources["source"])
+    return _write(opened, plan, opened.config, output, None, {})
 
 
-class _RouterDraw:
-    def __init__(self, std: float, random_seed: int) -> None:
-        self.std, self.random_seed = std, random_seed
+def open_sources(paths: Mapping[str, Path], base: Path | None) -> Opened:
+    """Open the sources and compare what they say of their models. Raises UserError where they differ."""
+    sources = {name: open_checkpoint(path) for name, path in paths.items()}
+    of_base = open_checkpoint(base) if base is not None else None
+    checked = {**sources, **({"(base)": of_base} if of_base is not None else {})}
+    configs = {name: config for name, source in checked.items() if (config := _config(source)) is not None}
+    first = next(iter(configs), "")
+    for second, other in configs.items():
+        difference = configs[first].difference(other)
+        if difference:
+            key, there, here = difference
+            raise UserError(
+                f"{key} is {there} in expert {first} and {here} in expert {second}: "
+                "experts must be branches of one model"
+            )
+    _check_tokenizers(checked)
+    config = next(iter(configs.values()), None)
+    tokenizer = [path for source in checked.values() for path in _tokenizer_files(source)]
+    return Opened(sources, of_base, config, _first_of_each_name(tokenizer))
 
-    def parts(self, planned: PlannedTensor) -> Iterator[Part]:
-        layers, experts, hidden = planned.info.shape
-        for layer in range(layers):
-            yield (layer,), normal_router(layer, experts, hidden, self.std, self.random_seed)
+
+def _config(source: Source) -> ModelConfig | None:
+    try:
+        return config_of(source)
+    except UserError:
+        return None
+
+
+def _tokenizer_files(source: Source) -> list[Path]:
+    files = getattr(source, "tokenizer_files", None)
+    return files() if files is not None else []
+
+
+def _first_of_each_name(paths: list[Path]) -> list[Path]:
+    found: dict[str, Path] = {}
+    for path in paths:
+        found.setdefault(path.name, path)
+    return list(found.values())
+
+
+def _check_tokenizers(sources: Mapping[str, Source]) -> None:
+    """The same word must have the same number in every expert."""
+    seen: dict[str, tuple[str, str]] = {}
+    for name, source in sources.items():
+        for path in _tokenizer_files(source):
+            if path.name in ("tokenizer.json", "tokenizer.model"):
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                first, expected = seen.setdefault(path.name, (name, digest))
+                if digest != expected:
+                    raise UserError(
+                        f"{path}: another tokenizer than expert {first}'s; experts must share one tokenizer"
+                    )
 
 
 def _write(
-    sources: dict[str, DistCheckpoint],
+    opened: Opened,
     plan: list[PlannedTensor],
-    output: Path,
-    common: dict[str, Any],
-    draw: _RouterDraw | None,
-    progress: Reporter | None,
+    config: ModelConfig | None,
+    output: Output,
+    options: MixOptions | None,
+    common: Mapping[str, Any],
 ) -> dict[str, Any]:
-    writer = DistWriter(output / RELEASE)
-    table: dict[str, Any] = {}
-    for done, planned in enumerate(plan):
-        if progress:
-            progress.update("mixing", done, len(plan), planned.name)
-        parts = draw.parts(planned) if planned.source is None and draw else _parts(sources, planned)
-        table[planned.name] = {
-            "rule": planned.rule,
-            "inputs": [] if planned.source is None else list(sources),
-            **_write_tensor(writer, planned, parts),
+    first = next(iter(opened.sources.values()))
+    to = output.to or format_of(first.folder)
+    if config is None and to != "megatron":
+        raise UserError(
+            f"{first.folder}: says nothing of its model (no args, no recipe), which --to {to} needs"
+        )
+    recipe = {"recipe": dict(output.recipe)} if output.recipe else {}
+
+    def manifest(table: dict[str, Any]) -> str:
+        content = {
+            "btx_megatron": btx_megatron.__version__,
+            "format": to,
+            "sources": {name: str(source.folder) for name, source in opened.sources.items()},
+            "base": str(opened.base.folder) if opened.base is not None else None,
+            "options": asdict(options) if options is not None else None,
+            "hash": "xxh3_128 of the xxh3_128 of each part (layer, expert), in row-major order",
+            "tensors": table,
         }
-    writer.finish(common)
-    write_tracker(output, RELEASE)
-    return table
+        return json.dumps(content, indent=1) + "\n"
 
-
-def _parts(sources: dict[str, DistCheckpoint], planned: PlannedTensor) -> Iterator[Part]:
-    """Leading indices and content of each part of an output tensor, in storage order."""
-    assert planned.source is not None
-    if not has_layer_axis(planned.name):
-        yield (), mean(source.read(planned.source) for source in sources.values())
-        return
-    for layer in range(planned.info.shape[0]):
-        layers = (source.read(planned.source, layer) for source in sources.values())
-        if planned.rule == "expert":
-            for expert, feed_forward in enumerate(layers):
-                yield (layer, expert), feed_forward
-        else:
-            yield (layer,), mean(layers)
-
-
-def _write_tensor(writer: DistWriter, planned: PlannedTensor, parts: Iterator[Part]) -> dict[str, Any]:
-    digest = TensorHash()
-    for index, part in parts:
-        part = part.to(planned.info.dtype)
-        if not torch.isfinite(part).all():
-            raise UserError(
-                f"{planned.source or planned.name} {list(index)}: a source holds NaN or infinite values"
-            )
-        writer.add(planned.name, planned.info, part, *index)
-        digest.update(part)
-    shape, dtype = list(planned.info.shape), dtype_name(planned.info.dtype)
-    return {"shape": shape, "dtype": dtype, "xxh3_128": digest.hexdigest()}
+    return write_checkpoint(
+        output.path,
+        to,
+        plan,
+        config,
+        parallel=output.parallel,
+        common={**recipe, **common},
+        tokenizer_files=opened.tokenizer_files,
+        workers=output.workers,
+        progress=output.progress,
+        finish_manifest=manifest if output.manifest else None,
+    )

@@ -1,61 +1,282 @@
-"""What a mix will write: every output tensor with its rule and its inputs, before anything is written.
+"""What a mix will write: every weight with its rule and its inputs, before anything is written.
 
-Every tensor is accounted for. A source tensor that no rule uses, or a weight that no source has, stops
-the mix by name.
+Every tensor is accounted for. A source tensor that no rule uses, or a weight that no source has, stops the
+mix by name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-from btx_megatron.checkpoints.megatron_dist import DistCheckpoint, TensorInfo
-from btx_megatron.checkpoints.names import DENSE, DENSE_TO_MOE, MAY_BE_ABSENT, ROUTER
-from btx_megatron.errors import UserError
+import torch
+import xxhash
+from torch import Tensor
 
-Rule = Literal["mean", "expert", "router:normal"]
+from btx_megatron.checkpoints.metadata import dtype_name
+from btx_megatron.checkpoints.names import DENSE, DENSE_TO_MOE, MAY_BE_ABSENT, ROUTER
+from btx_megatron.checkpoints.pieces import Index, Source, TensorInfo
+from btx_megatron.checkpoints.stream import PlannedTensor, Rows, rows_of
+from btx_megatron.errors import UserError
+from btx_megatron.mixing import experts
+from btx_megatron.mixing.average import dare, mean, ties, weighted_mean
+from btx_megatron.mixing.router_init import normal_router, repeat_rows, zero_router
+
+Average = Literal["mean", "weighted", "base", "ties", "dare"]
+RouterInit = Literal["normal", "zero"]
+
+_FC1 = "decoder.layers.mlp.linear_fc1.weight"
+_FC2 = "decoder.layers.mlp.linear_fc2.weight"
+_NORM = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
 
 
 @dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the result."""
+class MixOptions:
+    """How N dense models become one mixture; the command line's options of the same names."""
 
-    name: str
-    """Its (stacked) name."""
-    info: TensorInfo
-    """Its shape and dtype."""
-    rule: Rule
-    """mean: over all sources. expert: source i's becomes expert i. router:normal: drawn anew."""
-    source: str | None
-    """The sources' name of it; None where it is new."""
+    average: Average = "mean"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Of each source in the average; a source that is not named weighs 1."""
+    density: float = 0.5
+    """Share of the entries that TIES and DARE keep."""
+    experts: experts.Kind = "stack"
+    chunks: int = 1
+    copies: int = 1
+    drop_ratio: float = 0.0
+    """Share of an expert's units that are drawn anew (drop-upcycling)."""
+    router_init: RouterInit = "normal"
+    router_std: float = 0.02
+    router_topk: int = 2
+    router_pre_softmax: bool = False
+    virtual_scale: Literal["exact", "cube-root"] = "exact"
+    random_seed: int = 1234
 
 
-def plan_mix(sources: dict[str, DistCheckpoint]) -> list[PlannedTensor]:
-    """The MoE: feed-forwards become experts, in the sources' order; the rest is averaged; new router."""
-    weights = _common_weights(sources)
+def plan_mix(
+    sources: Mapping[str, Source], options: MixOptions, base: Source | None = None
+) -> list[PlannedTensor]:
+    """The MoE: feed-forwards become experts, in the sources' order; the rest is averaged; new router.
+
+    Raises UserError where sources, or options, do not fit together.
+    """
+    _check(sources, options, base)
+    weights = common_weights(sources, base)
     planned = []
     for name, info in weights.items():
-        kind, _ = DENSE[name]
-        if kind == "feed_forward":
-            shape = (info.shape[0], len(sources), *info.shape[1:])
-            planned.append(PlannedTensor(DENSE_TO_MOE[name], TensorInfo(shape, info.dtype), "expert", name))
+        if DENSE[name][0] == "feed_forward":
+            planned.append(_experts(name, info, sources, options))
         else:
-            planned.append(PlannedTensor(DENSE_TO_MOE.get(name, name), info, "mean", name))
-    norm = weights["decoder.layers.mlp.linear_fc1.layer_norm_weight"]
-    layers, hidden = norm.shape
-    router = TensorInfo((layers, len(sources), hidden), norm.dtype)
-    return sorted([*planned, PlannedTensor(ROUTER, router, "router:normal", None)], key=lambda t: t.name)
+            planned.append(_average(DENSE_TO_MOE.get(name, name), name, info, sources, options, base))
+    layers, hidden = weights[_NORM].shape
+    router = TensorInfo((layers, num_experts(len(sources), options), hidden), weights[_NORM].dtype)
+    return sorted([*planned, _router(router, len(sources), options)], key=lambda tensor: tensor.name)
 
 
-def plan_average(sources: dict[str, DistCheckpoint]) -> list[PlannedTensor]:
+def plan_average(
+    sources: Mapping[str, Source], options: MixOptions, base: Source | None = None
+) -> list[PlannedTensor]:
     """The dense baseline: the whole model averaged, feed-forwards too."""
-    return [PlannedTensor(name, info, "mean", name) for name, info in _common_weights(sources).items()]
+    _check_average(sources, options, base)
+    weights = common_weights(sources, base)
+    return [_average(name, name, info, sources, options, base) for name, info in weights.items()]
 
 
-def _common_weights(sources: dict[str, DistCheckpoint]) -> dict[str, TensorInfo]:
+def num_experts(sources: int, options: MixOptions) -> int:
+    """Experts of the mixture. Raises UserError where the options do not fit."""
+    return experts.expert_count(options.experts, sources, options.chunks, options.copies)
+
+
+def _check(sources: Mapping[str, Source], options: MixOptions, base: Source | None) -> None:
+    count = num_experts(len(sources), options)
+    if options.router_topk > count:
+        raise UserError(f"moe_router_topk={options.router_topk} is more than the {count} experts")
+    if options.router_topk < 1:
+        raise UserError(f"moe_router_topk={options.router_topk} must be at least 1")
+    if options.router_init == "zero" and options.router_topk < count:
+        raise UserError(
+            "--router-init zero with top-k: all logits are equal, so every token would take the same "
+            f"{options.router_topk} experts; use normal, or route to all {count}"
+        )
+    if not options.router_std > 0:
+        raise UserError(f"--router-std {options.router_std}: must be above 0")
+    _check_average(sources, options, base)
+
+
+def _check_average(sources: Mapping[str, Source], options: MixOptions, base: Source | None) -> None:
+    if options.average in ("base", "ties", "dare") and base is None:
+        raise UserError(f"--average {options.average} measures from a base; name it with --base PATH")
+    if not 0 < options.density <= 1:
+        raise UserError(f"--density {options.density}: must be above 0 and at most 1")
+    if not 0 <= options.drop_ratio <= 1:
+        raise UserError(f"--drop-ratio {options.drop_ratio}: must lie between 0 and 1")
+    for name, weight in options.weights.items():
+        if name not in sources:
+            raise UserError(f"--weight {name}={weight}: no such expert; there are {', '.join(sources)}")
+        if not (weight >= 0 and weight != float("inf")):
+            raise UserError(f"--weight {name}={weight}: a weight is a number that is not negative")
+    if not any(options.weights.get(name, 1.0) for name in sources):
+        raise UserError("--weight: all weights are 0; at least one must be positive")
+    if options.weights and options.average in ("mean", "base"):
+        raise UserError(f"--weight has no effect with --average {options.average}; use --average weighted")
+
+
+# the rest: averaged
+
+
+def _average(
+    name: str,
+    source_name: str,
+    info: TensorInfo,
+    sources: Mapping[str, Source],
+    options: MixOptions,
+    base: Source | None,
+) -> PlannedTensor:
+    weights = [options.weights.get(source, 1.0) for source in sources]
+    kind = options.average
+
+    def make(index: Index) -> Rows:
+        if kind == "base":
+            assert base is not None
+            return rows_of(base, source_name, index)
+        inputs = [rows_of(source, source_name, index) for source in sources.values()]
+        if kind == "mean":
+            return lambda start, stop: mean(rows(start, stop) for rows in inputs)
+        if kind == "weighted":
+            return lambda start, stop: weighted_mean((rows(start, stop) for rows in inputs), weights)
+        assert base is not None
+        of_base = rows_of(base, source_name, index)
+
+        def merged(start: int, stop: int) -> Tensor:
+            tensors = (rows(start, stop) for rows in inputs)
+            if kind == "ties":
+                return ties(tensors, of_base(start, stop), weights, options.density)
+            generator = _generator(options.random_seed, "dare", source_name, index)
+            return dare(tensors, of_base(start, stop), weights, options.density, generator)
+
+        return merged
+
+    inputs = {"base": ("base",), "ties": (*sources, "base"), "dare": (*sources, "base")}.get(
+        kind, tuple(sources)
+    )
+    return PlannedTensor(name, info, kind, inputs, make, whole=kind in ("ties", "dare"))
+
+
+# the feed-forwards: experts
+
+
+def _experts(
+    name: str, info: TensorInfo, sources: Mapping[str, Source], options: MixOptions
+) -> PlannedTensor:
+    """Where each expert's matrix comes from, and what is done to it on the way."""
+    width = info.shape[1] // 2 if name == _FC1 else info.shape[2]
+    count = num_experts(len(sources), options)
+    new_width = experts.expert_width(options.experts, len(sources), width, options.chunks)
+    scales = _scales(options, count)
+    opened = list(sources.values())
+
+    def make(index: Index) -> Rows:
+        layer, expert = index
+        units = experts.expert_units(
+            options.experts, expert, len(sources), width, options.chunks, options.copies
+        )
+        inputs = {unit.source: rows_of(opened[unit.source], name, (layer,)) for unit in units}
+        rows = (
+            _stacked_rows(inputs, experts.fc1_rows(units, width)) if name == _FC1 else _columns(inputs, units)
+        )
+        if scales is None and not options.drop_ratio:
+            return rows
+        return lambda start, stop: _changed(rows(start, stop), name, index, new_width, scales, options)
+
+    shape = (new_width * 2, info.shape[2]) if name == _FC1 else (info.shape[1], new_width)
+    out = TensorInfo((info.shape[0], count, *shape), info.dtype)
+    rule = "expert" if options.experts == "stack" else f"expert:{options.experts}"
+    rule += f" drop {options.drop_ratio}" if options.drop_ratio else ""
+    whole = scales is not None or options.drop_ratio > 0
+    return PlannedTensor(DENSE_TO_MOE[name], out, rule, tuple(sources), make, whole)
+
+
+def _stacked_rows(inputs: Mapping[int, Rows], spans: list[experts.Span]) -> Rows:
+    """Rows that lie one after the other in the result, from several places."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        parts, at = [], 0
+        for span in spans:
+            first, last = max(start, at), min(stop, at + span.stop - span.start)
+            if first < last:
+                parts.append(inputs[span.source](span.start + first - at, span.start + last - at))
+            at += span.stop - span.start
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    return rows
+
+
+def _columns(inputs: Mapping[int, Rows], units: tuple[experts.Span, ...]) -> Rows:
+    def rows(start: int, stop: int) -> Tensor:
+        parts = [inputs[unit.source](start, stop)[:, unit.start : unit.stop] for unit in units]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    return rows
+
+
+def _scales(options: MixOptions, count: int) -> experts.Scales | None:
+    if options.experts != "virtual":
+        return None
+    factor = experts.virtual_factor(count, options.chunks, options.router_topk, options.router_pre_softmax)
+    return experts.virtual_scales(factor, options.virtual_scale)
+
+
+def _changed(
+    matrix: Tensor,
+    name: str,
+    index: Index,
+    width: int,
+    scales: experts.Scales | None,
+    options: MixOptions,
+) -> Tensor:
+    if options.drop_ratio:
+        chosen = _generator(options.random_seed, "dropped units", "", index)  # the same in both matrices
+        dropped = experts.dropped_units(width, options.drop_ratio, chosen)
+        redraw = experts.redraw_fc1 if name == _FC1 else experts.redraw_fc2
+        matrix = redraw(matrix, dropped, _generator(options.random_seed, "redraw", name, index))
+    if scales is not None:
+        matrix = (experts.scale_fc1 if name == _FC1 else experts.scale_fc2)(matrix, scales)
+    return matrix
+
+
+# the router: new
+
+
+def _router(info: TensorInfo, sources: int, options: MixOptions) -> PlannedTensor:
+    rows_each = options.chunks if options.experts == "virtual" else 1  # one row for the chunks of a copy
+    count, hidden = info.shape[1] // rows_each, info.shape[2]
+
+    def make(index: Index) -> Rows:
+        (layer,) = index
+        if options.router_init == "zero":
+            drawn = zero_router(count, hidden)
+        else:
+            drawn = normal_router(layer, count, hidden, options.router_std, options.random_seed)
+        whole = repeat_rows(drawn, rows_each)
+        return lambda start, stop: whole[start:stop]
+
+    return PlannedTensor(ROUTER, info, f"router:{options.router_init}", (), make)
+
+
+def _generator(seed: int, purpose: str, name: str, index: Index) -> torch.Generator:
+    """A generator for one part alone, so that threads and block sizes change nothing."""
+    number = xxhash.xxh3_64_intdigest(f"{seed}/{purpose}/{name}/{index}".encode())
+    return torch.Generator().manual_seed(number & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+# what the sources have in common
+
+
+def common_weights(sources: Mapping[str, Source], base: Source | None = None) -> dict[str, TensorInfo]:
     """The weights that all sources have, after checking that they are the same model."""
     first_name, first = next(iter(sources.items()))
-    for name, source in sources.items():
+    checked = {**sources, **({"(base)": base} if base is not None else {})}
+    for name, source in checked.items():
         unknown = sorted(set(source.tensors) - set(DENSE))
         if unknown:
             raise UserError(
@@ -75,4 +296,4 @@ def _common_weights(sources: dict[str, DistCheckpoint]) -> dict[str, TensorInfo]
 
 
 def _text(info: TensorInfo | None) -> str:
-    return "missing" if info is None else f"{list(info.shape)} {str(info.dtype).removeprefix('torch.')}"
+    return "missing" if info is None else f"{list(info.shape)} {dtype_name(info.dtype)}"

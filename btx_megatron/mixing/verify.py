@@ -2,69 +2,67 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from btx_megatron.checkpoints.megatron_dist import DistCheckpoint
+from btx_megatron.checkpoints.formats import open_checkpoint
 from btx_megatron.checkpoints.metadata import dtype_name
 from btx_megatron.checkpoints.names import has_expert_axis
+from btx_megatron.checkpoints.pieces import Index
+from btx_megatron.checkpoints.stream import hash_parts, tensor_hash
 from btx_megatron.checkpoints.tracker import TRACKER, find_checkpoint
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import read_manifest
-from btx_megatron.mixing.hashes import TensorHash, parts_of
+
+_COPIES = re.compile(r"copies|virtual")
 
 
 def verify(path: Path) -> dict[str, Any]:
     """Check every weight: finite, experts distinct, and (where a manifest lies above) shape and hash.
 
-    Returns how much was checked. Raises UserError that names the first tensor that fails.
+    Experts may be alike where the manifest says that they are copies. Returns how much was checked. Raises
+    UserError that names the first tensor that fails.
     """
-    checkpoint = DistCheckpoint(path)
-    expected = _manifest_tensors(checkpoint.folder)
-    if expected is not None and set(expected) != set(checkpoint.tensors):
-        name = min(set(expected) ^ set(checkpoint.tensors))
+    source = open_checkpoint(path)
+    expected = _manifest_tensors(source.folder)
+    if expected is not None and set(expected) != set(source.tensors):
+        name = min(set(expected) ^ set(source.tensors))
         where = "in the manifest alone" if name in expected else "not in the manifest"
-        raise UserError(f"{checkpoint.folder}: {name} is {where}")
+        raise UserError(f"{source.folder}: {name} is {where}")
+    digests = hash_parts(source)
     values = 0
-    for name, info in checkpoint.tensors.items():
-        digest = _check_values(checkpoint, name)
-        found = {"shape": list(info.shape), "dtype": dtype_name(info.dtype), "xxh3_128": digest}
+    for name, info in source.tensors.items():
+        parts = digests[name]
+        found = {
+            "shape": list(info.shape),
+            "dtype": dtype_name(info.dtype),
+            "xxh3_128": tensor_hash(parts.values()),
+        }
         if expected is not None:
-            _compare(checkpoint.folder, name, found, expected[name])
+            _compare(source.folder, name, found, expected[name])
+        copies = expected is not None and _COPIES.search(expected[name].get("rule", "")) is not None
+        if has_expert_axis(name) and not copies:
+            _check_distinct(source.folder, name, parts)
         values += torch.Size(info.shape).numel()
     return {
-        "checkpoint": str(checkpoint.folder),
-        "tensors": len(checkpoint.tensors),
+        "checkpoint": str(source.folder),
+        "tensors": len(source.tensors),
         "values": values,
         "hashes": "equal to the manifest's" if expected is not None else "no manifest to compare with",
     }
 
 
-def _check_values(checkpoint: DistCheckpoint, name: str) -> str:
-    digest = TensorHash()
-    seen: dict[str, tuple[int, ...]] = {}
-    for index, part in parts_of(checkpoint, name):
-        if not torch.isfinite(part).all():
-            raise UserError(f"{checkpoint.folder}: {name} {list(index)} holds NaN or infinite values")
-        if has_expert_axis(name):
-            _check_distinct(checkpoint.folder, name, index, part, seen)
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _check_distinct(
-    folder: Path, name: str, index: tuple[int, ...], part: Tensor, seen: dict[str, tuple[int, ...]]
-) -> None:
-    one = TensorHash()
-    one.update(part)
-    other = seen.setdefault(one.hexdigest(), index)
-    if other != index:
-        raise UserError(
-            f"{folder}: {name}: [layer, expert] {list(index)} and {list(other)} are the same values"
-        )
+def _check_distinct(folder: Path, name: str, parts: dict[Index, bytes]) -> None:
+    seen: dict[bytes, Index] = {}
+    for index, digest in parts.items():
+        other = seen.setdefault(digest, index)
+        if other != index:
+            raise UserError(
+                f"{folder}: {name}: [layer, expert] {list(index)} and {list(other)} are the same values"
+            )
 
 
 def _compare(folder: Path, name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
+from torch_dist import save_torch_dist
 
-from btx_megatron.checkpoints.megatron_dist import DistCheckpoint, DistWriter, TensorInfo
+from btx_megatron.checkpoints.megatron_dist import DistCheckpoint
 from btx_megatron.checkpoints.tracker import write_tracker
 from btx_megatron.errors import UserError
 
@@ -22,11 +23,7 @@ HEAD = "output_layer.weight"
 
 
 def write(folder: Path, tensors: dict[str, Tensor]) -> Path:
-    writer = DistWriter(folder)
-    for key, tensor in tensors.items():
-        writer.add(key, TensorInfo(tuple(tensor.shape), tensor.dtype), tensor)
-    writer.finish({"iteration": 1})
-    return folder
+    return save_torch_dist(folder, tensors)
 
 
 def change_index(folder: Path, change: Any) -> None:
@@ -66,7 +63,7 @@ def test_a_malicious_tensor_is_not_run(tmp_path: Path) -> None:
             place.offset, place.length = 0, length
 
     change_index(folder, point_at_it)
-    with pytest.raises(UserError, match=r"__0_0\.distcp: output_layer\.weight cannot be read"):
+    with pytest.raises(UserError, match=r"__0_0\.distcp: its pickle names .*getattr, which no checkpoint"):
         DistCheckpoint(folder).read(HEAD)
     assert not (tmp_path / "planted").exists()
 
@@ -172,7 +169,6 @@ def test_layers_are_put_in_the_order_of_their_numbers(
     checkpoint = DistCheckpoint(folder)
     assert checkpoint.read(NORM)[:, 0].tolist() == list(range(12))
     assert checkpoint.read(NORM, 10)[0] == 10
-    assert checkpoint.num_layers == 12
 
 
 @pytest.mark.parametrize(
@@ -195,15 +191,3 @@ def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "file", tmp_path / "absent"):
         with pytest.raises(UserError, match="no Megatron checkpoint there"):
             DistCheckpoint(path)
-
-
-def test_the_writer_takes_only_the_part_it_is_told(tmp_path: Path) -> None:
-    writer = DistWriter(tmp_path / "c")
-    info = TensorInfo((2, 3, 4), torch.float32)
-    for wrong in (torch.zeros(4, 3), torch.zeros(3, 4).half(), torch.zeros(1, 3, 4)):
-        with pytest.raises(ValueError, match="not"):
-            writer.add(NORM, info, wrong, 0)
-    writer.add(NORM, info, torch.zeros(3, 4), 0)
-    with pytest.raises(ValueError, match=r"1 parts do not make"):
-        writer.finish({})
-    assert not (tmp_path / "c" / ".metadata").exists()

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from btx_megatron.checkpoints.tracker import write_tracker
 from btx_megatron.mixing.hashes import hash_tensors
-from btx_megatron.mixing.mix import mix
+from btx_megatron.mixing.mix import Output, mix
+from btx_megatron.mixing.plan import MixOptions
 from btx_megatron.recipe import Layout, Recipe, Stage
 from btx_megatron.runtime import ranks
 
@@ -102,7 +103,9 @@ def mix_sources(folder: Path, sources: list[Path], result: dict[str, Any], name:
 
     def act() -> None:
         named = {str(number): source for number, source in enumerate(sources)}
-        result["mixed"][name] = mix(named, folder / "mixed" / name, router_std=0.1, random_seed=3, topk=2)
+        result["mixed"][name] = mix(
+            named, Output(folder / "mixed" / name), MixOptions(router_std=0.1, random_seed=3)
+        )
 
     on_rank_0(act)
 

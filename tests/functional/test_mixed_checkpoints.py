@@ -49,7 +49,7 @@ def test_the_table_of_names_is_what_megatron_saves(folder: Path, name: str) -> N
 
 def test_the_sources_are_stored_as_differently_as_meant(folder: Path) -> None:
     """Else the tests below would compare one way of storing with itself."""
-    index = {name: read_index(folder / name / "0" / "iter_0000001") for name in SAVED}
+    index = {name: read_index(folder / name / "0" / "iter_0000001").tensors for name in SAVED}
     stacked, layer = "decoder.layers.mlp.linear_fc1.weight", "decoder.layers.1.mlp.linear_fc1.weight"
     assert {name for name in SAVED if layer in index[name]} == {"a key a layer"}
     chunks = {name: len(index[name][stacked].chunks) for name in ("DP2", "TP2")}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch_dist import save_torch_dist
 
-from btx_megatron.checkpoints.megatron_dist import DistWriter, TensorInfo
 from btx_megatron.checkpoints.tracker import RELEASE, write_tracker
 
 LAYERS, HIDDEN, WIDTH, VOCABULARY = 2, 8, 12, 16
@@ -31,15 +31,14 @@ def random_weights(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, T
 
 
 def write_dense(folder: Path, weights: dict[str, Tensor], stacked: bool = True) -> Path:
-    """A checkpoint of ``weights``: one key with a layer axis, or one key a layer."""
-    writer = DistWriter(folder / RELEASE)
+    """A checkpoint of ``weights``, by torch's own writer: one key with a layer axis, or one key a layer."""
+    state: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         if stacked or not name.startswith("decoder.layers."):
-            writer.add(name, TensorInfo(tuple(tensor.shape), tensor.dtype), tensor)
+            state[name] = tensor
             continue
         for layer in range(len(tensor)):
-            key = name.replace("decoder.layers.", f"decoder.layers.{layer}.")
-            writer.add(key, TensorInfo(tuple(tensor.shape[1:]), tensor.dtype), tensor[layer])
-    writer.finish({"iteration": 1})
+            state[name.replace("decoder.layers.", f"decoder.layers.{layer}.")] = tensor[layer].clone()
+    save_torch_dist(folder / RELEASE, state)
     write_tracker(folder, RELEASE)
     return folder

@@ -1,0 +1,355 @@
+"""Hugging Face folders, Llama and Mixtral, as an index of pieces: safetensors files, one or many.
+
+The tables below say which rows of which of their tensors make up a part of ours. Rotary embeddings need no
+permutation: both rotate halves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btx_megatron.checkpoints.config import ModelConfig, from_hf, to_hf
+from btx_megatron.checkpoints.metadata import dtype_name
+from btx_megatron.checkpoints.names import DENSE, DENSE_TO_MOE, LAYERS, ROUTER
+from btx_megatron.checkpoints.pieces import Files, Index, Piece, TensorInfo, indices_of, part_info
+from btx_megatron.durable import sync, write_durably
+from btx_megatron.errors import UserError
+
+CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+SHARD_BYTES = 5_000_000_000
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # the format's own limit
+
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+# ours -> theirs, where one tensor is one tensor; {} is the layer
+_SAME = {
+    _EMBEDDING: "model.embed_tokens.weight",
+    _OUTPUT: "lm_head.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    LAYERS + "self_attention.linear_qkv.layer_norm_weight": "model.layers.{}.input_layernorm.weight",
+    LAYERS + "self_attention.linear_proj.weight": "model.layers.{}.self_attn.o_proj.weight",
+    LAYERS + "mlp.linear_fc1.layer_norm_weight": "model.layers.{}.post_attention_layernorm.weight",
+    LAYERS + "pre_mlp_layernorm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    LAYERS + "mlp.linear_fc2.weight": "model.layers.{}.mlp.down_proj.weight",
+    LAYERS + "mlp.experts.experts.linear_fc2.weight": "model.layers.{}.block_sparse_moe.experts.{}.w2.weight",
+    ROUTER: "model.layers.{}.block_sparse_moe.gate.weight",
+}
+# ours -> theirs, gate rows and up rows
+_GATED = {
+    LAYERS + "mlp.linear_fc1.weight": (
+        "model.layers.{}.mlp.gate_proj.weight",
+        "model.layers.{}.mlp.up_proj.weight",
+    ),
+    LAYERS + "mlp.experts.experts.linear_fc1.weight": (
+        "model.layers.{}.block_sparse_moe.experts.{}.w1.weight",
+        "model.layers.{}.block_sparse_moe.experts.{}.w3.weight",
+    ),
+}
+_QKV = LAYERS + "self_attention.linear_qkv.weight"
+_QKV_PARTS = tuple(f"model.layers.{{}}.self_attn.{letter}_proj.weight" for letter in "qkv")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one of their tensors, and where they lie in our part."""
+
+    tensor: str
+    first: int
+    rows: int
+    at: int
+
+
+def segments(name: str, index: Index, rows: int, config: ModelConfig) -> Iterator[Segment]:
+    """What our part of ``rows`` rows is made of. The QKV matrix is packed by groups: queries, key, value."""
+    if name in _GATED:
+        for half, tensor in enumerate(_GATED[name]):
+            yield Segment(tensor.format(*index), 0, rows // 2, half * (rows // 2))
+    elif name == _QKV:
+        width = config.kv_channels
+        queries = config.num_attention_heads // config.num_query_groups * width
+        at = 0
+        for group in range(config.num_query_groups):
+            for tensor, count in zip(_QKV_PARTS, (queries, width, width), strict=True):
+                yield Segment(tensor.format(*index), group * count, count, at)
+                at += count
+    else:
+        yield Segment(_SAME[name].format(*index), 0, rows, 0)
+
+
+def our_tensors(config: ModelConfig, vocabulary: int, dtype: torch.dtype) -> dict[str, TensorInfo]:
+    """The weights of a model in our names."""
+    head = config.num_attention_heads * config.kv_channels
+    sizes = {"L": config.num_layers, "V": vocabulary, "H": config.hidden_size, "F": config.ffn_hidden_size}
+    sizes |= {"2F": 2 * sizes["F"], "D": head, "Q": head + 2 * config.num_query_groups * config.kv_channels}
+    tensors = {}
+    for name, (kind, legend) in DENSE.items():
+        if name == _OUTPUT and config.tied:
+            continue
+        shape = tuple(sizes[letter] for letter in legend.split())
+        if config.num_experts is None:
+            tensors[name] = TensorInfo(shape, dtype)
+            continue
+        if kind == "feed_forward":
+            shape = (shape[0], config.num_experts, *shape[1:])
+        tensors[DENSE_TO_MOE.get(name, name)] = TensorInfo(shape, dtype)
+    if config.num_experts is not None:
+        tensors[ROUTER] = TensorInfo((sizes["L"], config.num_experts, sizes["H"]), dtype)
+    return dict(sorted(tensors.items()))
+
+
+# reading
+
+
+@dataclass(frozen=True)
+class _Stored:
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class HuggingFaceCheckpoint:
+    """The weights of a folder with ``config.json`` and safetensors files.
+
+    Raises UserError for a file that is missing or damaged, a model that is no plain Llama or Mixtral, and a
+    tensor that is missing, unknown, or of another shape than the configuration says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = Path(path)
+        raw = _read_json(self.folder / CONFIG)
+        self.config = from_hf(raw, str(self.folder / CONFIG))
+        self.files = Files(self.folder)
+        self._stored = self._read_headers()
+        self._check_tied()
+        first = self._stored.get("model.norm.weight") or next(iter(self._stored.values()))
+        self.tensors = our_tensors(self.config, self._vocabulary(), first.dtype)
+        self._account()
+
+    def _read_headers(self) -> dict[str, _Stored]:
+        if (self.folder / INDEX).exists():
+            names = sorted(set(_read_json(self.folder / INDEX)["weight_map"].values()))
+        else:
+            names = [WEIGHTS]
+        stored: dict[str, _Stored] = {}
+        for name in names:
+            stored |= _read_header(self.folder, Path(name).name)
+        return {key: value for key, value in stored.items() if not key.endswith("rotary_emb.inv_freq")}
+
+    def _check_tied(self) -> None:
+        """Some writers store the head of a tied model, too: then it must be the embedding."""
+        if self.config.tied:
+            self._stored.pop("lm_head.weight", None)
+
+    def _vocabulary(self) -> int:
+        embedding = self._stored.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise UserError(f"{self.folder}: model.embed_tokens.weight is missing; restore the files")
+        return embedding.shape[0]
+
+    def _account(self) -> None:
+        """Every tensor of theirs is used once, whole, and is what the configuration says."""
+        used: dict[str, int] = {}
+        for name, info in self.tensors.items():
+            for index in indices_of(name, info):
+                part = part_info(info, index)
+                for segment in segments(name, index, part.shape[0], self.config):
+                    found = self._stored.get(segment.tensor)
+                    if found is None:
+                        raise UserError(f"{self.folder}: {segment.tensor} is missing; restore the files")
+                    if found.dtype != info.dtype or found.shape[1:] != part.shape[1:]:
+                        raise UserError(
+                            f"{self.folder}: {segment.tensor} is {_shown(found.shape, found.dtype)}; the "
+                            f"model needs rows of {_shown(part.shape[1:], info.dtype)}"
+                        )
+                    used[segment.tensor] = used.get(segment.tensor, 0) + segment.rows
+        for name, found in self._stored.items():
+            if name not in used:
+                raise UserError(f"{self.folder}: no rule for {name}; a plain Llama or Mixtral is needed")
+            if used[name] != found.shape[0]:
+                raise UserError(
+                    f"{self.folder}: {name} has {found.shape[0]} rows, {CONFIG} says {used[name]}; correct it"
+                )
+
+    def pieces(self, name: str, index: Index) -> list[Piece]:
+        """Where the part of ``name`` at leading indices (layer, expert) lies."""
+        info = part_info(self.tensors[name], index)
+        cols = info.shape[1] if len(info.shape) == 2 else 1
+        return [
+            _piece(
+                self._stored[segment.tensor].file,
+                self._stored[segment.tensor].offset,
+                segment,
+                cols,
+                info.dtype,
+            )
+            for segment in segments(name, index, info.shape[0], self.config)
+        ]
+
+    def tokenizer_files(self) -> list[Path]:
+        """Files of the folder that belong to the tokenizer."""
+        return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).exists()]
+
+
+def _piece(file: str, offset: int, segment: Segment, cols: int, dtype: torch.dtype) -> Piece:
+    return Piece(file, offset + segment.first * cols * dtype.itemsize, segment.rows, cols, row=segment.at)
+
+
+def _shown(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{list(shape)} {dtype_name(dtype)}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); restore it") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object; restore it")
+    return content
+
+
+def _read_header(folder: Path, name: str) -> dict[str, _Stored]:
+    """The tensors of one safetensors file: 8 bytes of length, a JSON header, the values."""
+    path = folder / name
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size - 8, _LONGEST_HEADER):
+                raise ValueError("its header is longer than it is")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {key: _entry(name, 8 + length, size, entry) for key, entry in header.items()}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it") from None
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise UserError(f"{path}: not a safetensors file ({error}); restore it") from None
+
+
+def _entry(file: str, begin: int, size: int, entry: dict[str, Any]) -> _Stored:
+    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"values of type {entry['dtype']} are not supported")
+    dtype = _DTYPES[entry["dtype"]]
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop)):
+        raise ValueError("a size is negative")
+    if stop - start != torch.Size(shape).numel() * dtype.itemsize or begin + stop > size:
+        raise ValueError("it is cut short, or its header lies")
+    return _Stored(file, begin + start, shape, dtype)
+
+
+# writing
+
+
+class HuggingFaceLayout:
+    """A folder to be, laid out and preallocated: Llama, or Mixtral with the classic names.
+
+    ``tensors`` are ours; rows of the vocabulary beyond ``config.vocab_size`` (Megatron's padding) are left
+    out. ``folder`` must be new or empty.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], config: ModelConfig) -> None:
+        self.folder, self.config, self.tensors = folder, config, dict(tensors)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.vocabulary = config.vocab_size or self.tensors[_EMBEDDING].shape[0]
+        self.dtype = self.tensors[_EMBEDDING].dtype
+        self.files = Files(folder, os.O_RDWR | os.O_CREAT)
+        shapes = self._their_shapes()
+        self._places: dict[str, tuple[str, int]] = {}
+        self._size = 0
+        shards = _cut_in_shards(shapes, self.dtype)
+        for number, names in enumerate(shards):
+            file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+            self._lay_out(file, {name: shapes[name] for name in names})
+
+    def _rows(self, name: str, index: Index) -> int:
+        rows = part_info(self.tensors[name], index).shape[0]
+        return min(rows, self.vocabulary) if name in (_EMBEDDING, _OUTPUT) else rows
+
+    def _their_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, info in self.tensors.items():
+            for index in indices_of(name, info):
+                cols = part_info(info, index).shape[1:]
+                for segment in segments(name, index, self._rows(name, index), self.config):
+                    rows = shapes.get(segment.tensor, (0,))[0]
+                    shapes[segment.tensor] = (max(rows, segment.first + segment.rows), *cols)
+        return dict(sorted(shapes.items(), key=lambda item: _reading_order(item[0])))
+
+    def _lay_out(self, file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in shapes.items():
+            start, end = end, end + torch.Size(shape).numel() * self.dtype.itemsize
+            header[name] = {"dtype": _CODES[self.dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        begin = 8 + len(text)
+        self.files.preallocate(file, begin + end)
+        self.files.write(file, 0, struct.pack("<Q", len(text)) + text)
+        self._size += end
+        for name in shapes:
+            self._places[name] = (file, begin + header[name]["data_offsets"][0])
+
+    def pieces(self, name: str, index: Index) -> list[Piece]:
+        """Where to write the part of ``name`` at leading indices (layer, expert)."""
+        info = part_info(self.tensors[name], index)
+        cols = info.shape[1] if len(info.shape) == 2 else 1
+        return [
+            _piece(*self._places[segment.tensor], segment, cols, info.dtype)
+            for segment in segments(name, index, self._rows(name, index), self.config)
+        ]
+
+    def finish(self, tokenizer_files: list[Path]) -> None:
+        """Bring the weights to disk; then the index, the tokenizer, and ``config.json`` last."""
+        self.files.sync()
+        self.files.close()
+        files = {file for file, _ in self._places.values()}
+        if len(files) > 1:
+            weight_map = {name: file for name, (file, _) in self._places.items()}
+            index = {"metadata": {"total_size": self._size}, "weight_map": weight_map}
+            write_durably(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+        for path in tokenizer_files:
+            shutil.copyfile(path, self.folder / path.name)
+        content = to_hf(self.config, self.vocabulary, dtype_name(self.dtype))
+        write_durably(self.folder / CONFIG, json.dumps(content, indent=2) + "\n")
+        sync(self.folder)
+
+
+def _reading_order(name: str) -> tuple[int, str]:
+    """Layer by layer, as a model is loaded: embedding first, head last."""
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"]:
+        return int(parts[2]) + 1, name
+    return (0 if name == _SAME[_EMBEDDING] else 1 << 30), name
+
+
+def _cut_in_shards(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if used and used + size > SHARD_BYTES:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards

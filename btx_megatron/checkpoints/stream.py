@@ -1,0 +1,220 @@
+"""The engine of every conversion: parts go from sources to a target in blocks, in threads, hashed on the way.
+
+A plan says for each weight of the target how its rows come to be; here they are made, looked at (finite?),
+written where the target wants them, and hashed. Memory is a few blocks a thread, whatever the model's size;
+a rule that needs a whole part at once says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import xxhash
+from torch import Tensor
+
+from btx_megatron.checkpoints.metadata import dtype_name
+from btx_megatron.checkpoints.pieces import (
+    Index,
+    Source,
+    Target,
+    TensorInfo,
+    bytes_of,
+    check_cover,
+    indices_of,
+    matrix_shape,
+    part_info,
+    read_rows,
+    write_rows,
+)
+from btx_megatron.errors import UserError
+
+BLOCK_BYTES = 8 << 20
+"""Bytes that one thread makes at once."""
+
+Rows = Callable[[int, int], Tensor]
+"""Rows ``start`` to ``stop`` of a part: [stop - start, cols], or [stop - start] of a vector."""
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One weight of the result."""
+
+    name: str
+    """Its (stacked) name."""
+    info: TensorInfo
+    """Its shape and dtype."""
+    rule: str
+    """How it comes to be: ``mean``, ``expert``, ``copy``, ``router:normal``, ..."""
+    inputs: tuple[str, ...]
+    """The sources that it is made from."""
+    make: Callable[[Index], Rows]
+    """The rows of the part at leading indices (layer, expert)."""
+    whole: bool = False
+    """The rule needs all rows of a part at once."""
+
+
+class Reporter(Protocol):
+    """Told how far the work is (``runtime.progress.Progress``)."""
+
+    def update(self, phase: str, done: int, total: int, text: str = "") -> None:
+        """``done`` of ``total`` parts."""
+        ...
+
+
+class PartHash:
+    """XXH3 (128 bits) of a part's values in row-major order, fed block by block."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+
+    def update(self, block: Tensor) -> None:
+        """Feed the next rows."""
+        self._hash.update(bytes_of(block.contiguous()))
+
+    def digest(self) -> bytes:
+        """16 bytes."""
+        return self._hash.digest()
+
+
+def tensor_hash(parts: Iterable[bytes]) -> str:
+    """Hash of a weight: of the hashes of its parts, in row-major order; hex.
+
+    By parts, so that threads may work on one weight and no cut on disk changes the hash.
+    """
+    return xxhash.xxh3_128(b"".join(parts)).hexdigest()
+
+
+def is_finite(block: Tensor) -> bool:
+    """No NaN and no infinity; by the bits, which is several times as fast as ``torch.isfinite``.
+
+    A number whose exponent is all ones is none. As unsigned integers these are the largest of the
+    negative half; as signed ones, the largest of the positive half.
+    """
+    bits = _BITS.get(block.dtype)
+    if bits is None or not block.numel():
+        return bool(torch.isfinite(block).all())
+    kind, infinity = bits
+    values = block.contiguous().reshape(-1).view(kind).numpy()
+    sign = 1 << (8 * kind.itemsize - 1)
+    return int(values.max()) < infinity and int(values.view(f"u{kind.itemsize}").max()) < sign + infinity
+
+
+_BITS = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+
+
+def available_workers(workers: int) -> int:
+    """Threads: as asked, or (0) one for each core that this process may use."""
+    return workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+
+
+def stream(
+    plan: list[PlannedTensor], target: Target, workers: int = 0, progress: Reporter | None = None
+) -> dict[str, dict[str, Any]]:
+    """Make every weight of the plan and write it to the target; returns the table of the manifest.
+
+    The table has ``rule``, ``inputs``, ``shape``, ``dtype`` and ``xxh3_128`` by name. The first error
+    ends it: UserError for a source that is damaged or not finite, OSError for a full disk.
+    """
+    digests = _run(plan, target, workers, progress)
+    return {tensor.name: _entry(tensor, digests) for tensor in plan}
+
+
+def _run(
+    plan: list[PlannedTensor], target: Target, workers: int, progress: Reporter | None
+) -> dict[tuple[str, Index], bytes]:
+    """The hash of every part, once all are written."""
+    torch.set_num_threads(1)  # threads work on parts; inside one they would only wait for each other
+    jobs = [(tensor, index) for tensor in plan for index in indices_of(tensor.name, tensor.info)]
+    digests: dict[tuple[str, Index], bytes] = {}
+    with ThreadPoolExecutor(available_workers(workers)) as pool:
+        futures = {pool.submit(_make_part, tensor, index, target): (tensor, index) for tensor, index in jobs}
+        waiting = set(futures)
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    tensor, index = futures[future]
+                    digests[tensor.name, index] = future.result()
+                if progress:
+                    progress.update("mixing", len(jobs) - len(waiting), len(jobs))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return digests
+
+
+def _entry(tensor: PlannedTensor, digests: dict[tuple[str, Index], bytes]) -> dict[str, Any]:
+    parts = (digests[tensor.name, index] for index in indices_of(tensor.name, tensor.info))
+    return {
+        "rule": tensor.rule,
+        "inputs": list(tensor.inputs),
+        "shape": list(tensor.info.shape),
+        "dtype": dtype_name(tensor.info.dtype),
+        "xxh3_128": tensor_hash(parts),
+    }
+
+
+def _make_part(tensor: PlannedTensor, index: Index, target: Target) -> bytes:
+    info, make, pieces = part_info(tensor.info, index), tensor.make(index), target.pieces(tensor.name, index)
+    rows, cols = matrix_shape(info.shape)
+    step = rows if tensor.whole else max(1, BLOCK_BYTES // max(1, cols * info.dtype.itemsize))
+    digest = PartHash()
+    for start in range(0, rows, step):
+        block = make(start, min(rows, start + step)).to(info.dtype).contiguous()
+        if not is_finite(block):
+            raise UserError(
+                f"{tensor.name} {list(index)}: NaN or infinite values come from {_culprits(tensor)}; "
+                "leave that source out, or train it again"
+            )
+        write_rows(target.files, pieces, start, block)
+        digest.update(block)
+    return digest.digest()
+
+
+def _culprits(tensor: PlannedTensor) -> str:
+    return "one of " + ", ".join(tensor.inputs) if len(tensor.inputs) > 1 else "".join(tensor.inputs)
+
+
+def rows_of(source: Source, name: str, index: Index) -> Rows:
+    """The rows of a part of a source. Raises UserError unless its pieces tile the part."""
+    info = part_info(source.tensors[name], index)
+    pieces = source.pieces(name, index)
+    check_cover(pieces, info.shape, f"{source.folder}: {name} {list(index)}")
+    return lambda start, stop: read_rows(source.files, pieces, info, start, stop)
+
+
+def copy_plan(source: Source) -> list[PlannedTensor]:
+    """Every weight as it is."""
+    where = (str(source.folder),)
+
+    def rows(name: str) -> Callable[[Index], Rows]:
+        return lambda index: rows_of(source, name, index)
+
+    return [PlannedTensor(name, info, "copy", where, rows(name)) for name, info in source.tensors.items()]
+
+
+def hash_parts(source: Source, workers: int = 0) -> dict[str, dict[Index, bytes]]:
+    """Hash of every part of every weight, found finite; by name and leading indices, in row-major order."""
+    digests = _run(copy_plan(source), _Nowhere(), workers, None)
+    return {
+        name: {index: digests[name, index] for index in indices_of(name, info)}
+        for name, info in source.tensors.items()
+    }
+
+
+class _Nowhere:
+    """A target that keeps nothing."""
+
+    files: Any = None
+
+    def pieces(self, name: str, index: Index) -> list[Any]:
+        """No place."""
+        return []

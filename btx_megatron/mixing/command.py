@@ -1,0 +1,153 @@
+"""``btx mix`` and ``btx convert`` without a recipe: what the command line says, checked; what it prints."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+from btx_megatron.checkpoints.formats import FORMATS, Format, Parallel, config_of, format_of, open_checkpoint
+from btx_megatron.errors import UserError
+from btx_megatron.mixing.experts import Kind
+from btx_megatron.mixing.flags import megatron_flags
+from btx_megatron.mixing.mix import Output, convert, mix, open_sources
+from btx_megatron.mixing.plan import Average, MixOptions, RouterInit, plan_mix
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def named_paths(option: str, values: list[str]) -> dict[str, Path]:
+    """``NAME=PATH`` of every value. Raises UserError for one that is not, or a name given twice."""
+    paths: dict[str, Path] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"{option} {value}: write it as NAME=PATH")
+        if name in paths:
+            raise UserError(f"{option} {value}: the name {name} is given twice; names must differ")
+        paths[name] = Path(path)
+    return paths
+
+
+def named_numbers(option: str, values: list[str]) -> dict[str, float]:
+    """``NAME=NUMBER`` of every value. Raises UserError for one that is not."""
+    numbers: dict[str, float] = {}
+    for value in values:
+        name, _, number = value.partition("=")
+        try:
+            numbers[name] = float(number)
+        except ValueError:
+            raise UserError(f"{option} {value}: write it as NAME=NUMBER") from None
+    return numbers
+
+
+def mix_options(**values: Any) -> MixOptions:
+    """The options, their words checked."""
+    for key, known in (("average", Average), ("experts", Kind), ("router_init", RouterInit)):
+        _check_word(f"--{key.replace('_', '-')}", values[key], get_args(known))
+    return MixOptions(**values)
+
+
+def _check_word(option: str, word: str, known: tuple[str, ...]) -> None:
+    if word not in known:
+        raise UserError(f"{option} {word}: not known; there are {', '.join(known)}")
+
+
+def _format(to: str | None) -> Format | None:
+    if to is not None:
+        _check_word("--to", to, FORMATS)
+    return to  # type: ignore[return-value]
+
+
+def run_mix(
+    sources: dict[str, Path],
+    base: Path | None,
+    output: Path,
+    to: str | None,
+    parallel: Parallel,
+    options: MixOptions,
+    workers: int,
+    dry_run: bool,
+) -> None:
+    """Mix, and print where the result is and how Megatron-LM loads it."""
+    kind = _format(to) or format_of(next(iter(sources.values())))
+    if dry_run:
+        print(_dry_run(sources, base, options))
+        return
+    started = time.perf_counter()
+    progress = _TerminalProgress() if sys.stderr.isatty() else None
+    target = Output(output, kind, parallel, workers, manifest=True, progress=progress)
+    table = mix(sources, target, options, base)
+    print(f"{output}: {len(table)} tensors in {time.perf_counter() - started:.1f} s, {kind}")
+    _print_flags(output, kind, parallel)
+
+
+def run_convert(source: Path, output: Path, to: str, parallel: Parallel, workers: int) -> None:
+    """Convert, and print where the result is and how Megatron-LM loads it."""
+    kind = _format(to)
+    assert kind is not None
+    started = time.perf_counter()
+    progress = _TerminalProgress() if sys.stderr.isatty() else None
+    table = convert(source, Output(output, kind, parallel, workers, manifest=True, progress=progress))
+    print(f"{output}: {len(table)} tensors in {time.perf_counter() - started:.1f} s, {kind}")
+    _print_flags(output, kind, parallel)
+
+
+def _print_flags(output: Path, kind: Format, parallel: Parallel) -> None:
+    if kind == "hf":
+        return
+    result = open_checkpoint(output)
+    try:
+        config = config_of(result)
+    except UserError:
+        return  # its sources did not say what model they are
+    print("Megatron-LM loads it with:")
+    for flag in megatron_flags(config, result.tensors[_EMBEDDING].shape[0], output, kind, parallel):
+        print(f"  {flag} \\")
+
+
+def _dry_run(sources: dict[str, Path], base: Path | None, options: MixOptions) -> str:
+    """Every tensor's rule, inputs, shape and bytes."""
+    from btx_megatron.checkpoints.metadata import dtype_name
+    from btx_megatron.checkpoints.stream import BLOCK_BYTES, available_workers
+
+    opened = open_sources(sources, base)
+    plan = plan_mix(opened.sources, options, opened.base)
+    lines, written = [], 0
+    for tensor in plan:
+        count = 1
+        for length in tensor.info.shape:
+            count *= length
+        size = count * tensor.info.dtype.itemsize
+        written += size
+        shape = "x".join(map(str, tensor.info.shape))
+        inputs = ", ".join(tensor.inputs) or "-"
+        lines.append(
+            f"{tensor.name}  {tensor.rule}  from {inputs}  {shape} {dtype_name(tensor.info.dtype)}"
+            f"  {size:,} bytes"
+        )
+    read = sum(
+        info.dtype.itemsize * _numel(info.shape)
+        for source in opened.sources.values()
+        for info in source.tensors.values()
+    )
+    # a block in its own type, once more in fp32 for the sum, and one for each source that is read
+    blocks = available_workers(0) * BLOCK_BYTES * 6
+    lines.append(f"reads {read:,} bytes, writes {written:,} bytes, buffers of about {blocks:,} bytes")
+    return "\n".join(lines)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+class _TerminalProgress:
+    """One line that is drawn over."""
+
+    def update(self, phase: str, done: int, total: int, text: str = "") -> None:
+        end = "\n" if done == total else ""
+        print(f"\r{phase} {done}/{total}", end=end, file=sys.stderr, flush=True)

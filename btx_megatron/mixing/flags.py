@@ -1,0 +1,66 @@
+"""The Megatron-LM flags that load a checkpoint, exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from btx_megatron.checkpoints.config import ModelConfig
+from btx_megatron.checkpoints.formats import Format, Parallel
+
+
+def megatron_flags(
+    config: ModelConfig, padded_vocab_size: int, output: Path, to: Format, parallel: Parallel
+) -> list[str]:
+    """Flags of ``pretrain_gpt.py`` for the model in ``output``, one an item.
+
+    The vocabulary is padded to a multiple of ``--make-vocab-size-divisible-by`` x TP: the flag is chosen so
+    that this is the checkpoint's size.
+    """
+    flags = [
+        f"--load {output}",
+        "--finetune",
+        f"--ckpt-format {'torch_dist' if to == 'megatron' else 'torch'}",
+        "--transformer-impl transformer_engine",
+        f"--num-layers {config.num_layers}",
+        f"--hidden-size {config.hidden_size}",
+        f"--ffn-hidden-size {config.ffn_hidden_size}",
+        f"--num-attention-heads {config.num_attention_heads}",
+        f"--kv-channels {config.kv_channels}",
+        f"--seq-length {config.seq_length}",
+        f"--max-position-embeddings {config.seq_length}",
+        "--position-embedding-type rope",
+        f"--rotary-base {int(config.rotary_base)}",
+        "--normalization RMSNorm",
+        f"--norm-epsilon {config.norm_epsilon}",
+        "--swiglu",
+        "--disable-bias-linear",
+        f"--make-vocab-size-divisible-by {_divisor(padded_vocab_size, parallel.tensor)}",
+    ]
+    if config.num_query_groups != config.num_attention_heads:
+        flags += ["--group-query-attention", f"--num-query-groups {config.num_query_groups}"]
+    if not config.tied:
+        flags.append("--untie-embeddings-and-output-weights")
+    if config.rope_scaling is not None:
+        flags += ["--use-rope-scaling", f"--rope-scaling-factor {dict(config.rope_scaling)['factor']}"]
+    if config.num_experts is not None:
+        flags += [
+            f"--num-experts {config.num_experts}",
+            f"--moe-router-topk {config.moe_router_topk}",
+            "--moe-router-dtype fp32",
+            *(["--moe-router-pre-softmax"] if config.moe_router_pre_softmax else []),
+        ]
+    if to == "megatron-legacy":
+        flags += [
+            f"--tensor-model-parallel-size {parallel.tensor}",
+            f"--pipeline-model-parallel-size {parallel.pipeline}",
+            f"--expert-model-parallel-size {parallel.expert}",
+        ]
+    return flags
+
+
+def _divisor(padded: int, tensor_parallel: int) -> int:
+    """Megatron pads to a multiple of divisor x TP; the largest power of two that keeps ``padded``."""
+    divisor = 1
+    while padded % (2 * divisor * tensor_parallel) == 0 and divisor < 128:
+        divisor *= 2
+    return divisor
