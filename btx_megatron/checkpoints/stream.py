@@ -20,6 +20,7 @@ from torch import Tensor
 from btx_megatron.checkpoints.metadata import dtype_name
 from btx_megatron.checkpoints.pieces import (
     Index,
+    Piece,
     Source,
     Target,
     TensorInfo,
@@ -188,7 +189,57 @@ def rows_of(source: Source, name: str, index: Index) -> Rows:
     info = part_info(source.tensors[name], index)
     pieces = source.pieces(name, index)
     check_cover(pieces, info.shape, f"{source.folder}: {name} {list(index)}")
-    return lambda start, stop: read_rows(source.files, pieces, info, start, stop)
+
+    def rows(start: int, stop: int) -> Tensor:
+        return read_rows(source.files, pieces, info, start, stop)
+
+    return source.watch(name, index, rows) if isinstance(source, Watched) else rows
+
+
+class Watched:
+    """A source whose parts are hashed as they are read, so that its fingerprint costs no second reading."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.folder, self.files, self.tensors = (
+            source, source.folder, source.files, source.tensors
+        )  # fmt: skip
+        self._digests: dict[tuple[str, Index], bytes] = {}
+
+    def pieces(self, name: str, index: Index) -> list[Piece]:
+        """Where a part lies."""
+        return self.source.pieces(name, index)
+
+    def watch(self, name: str, index: Index, rows: Rows) -> Rows:
+        """``rows``, hashed where they are read from the first to the last in order."""
+        if (name, index) in self._digests:
+            return rows
+        digest, length, at = PartHash(), part_info(self.tensors[name], index).shape[0], 0
+
+        def hashed(start: int, stop: int) -> Tensor:
+            nonlocal at
+            block = rows(start, stop)
+            if start == at:
+                digest.update(block)
+                at = stop
+                if at == length:
+                    self._digests[name, index] = digest.digest()
+            return block
+
+        return hashed
+
+    def fingerprint(self) -> str:
+        """Hash of all weights by name; parts that were not read whole are read now. Equal for every format."""
+        whole = xxhash.xxh3_128()
+        for name, info in sorted(self.tensors.items()):
+            parts = []
+            for index in indices_of(name, info):
+                if (name, index) not in self._digests:
+                    rows_of(self, name, index)(0, part_info(info, index).shape[0])
+                parts.append(self._digests[name, index])
+            whole.update(
+                f"{name} {list(info.shape)} {dtype_name(info.dtype)} {tensor_hash(parts)}\n".encode()
+            )
+        return whole.hexdigest()
 
 
 def copy_plan(source: Source) -> list[PlannedTensor]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import btx_megatron
 from btx_megatron.checkpoints.config import ModelConfig
 from btx_megatron.checkpoints.formats import (
     ONE_RANK,
@@ -21,8 +20,9 @@ from btx_megatron.checkpoints.formats import (
     write_checkpoint,
 )
 from btx_megatron.checkpoints.pieces import Source
-from btx_megatron.checkpoints.stream import PlannedTensor, Reporter, copy_plan
+from btx_megatron.checkpoints.stream import PlannedTensor, Reporter, Watched, copy_plan
 from btx_megatron.errors import UserError
+from btx_megatron.manifest import make_manifest, manifest_text
 from btx_megatron.mixing.experts import expert_width
 from btx_megatron.mixing.plan import MixOptions, num_experts, plan_average, plan_mix
 
@@ -48,11 +48,16 @@ class Output:
 class Opened:
     """The sources of a mix, opened and found to fit together."""
 
-    sources: dict[str, Source]
-    base: Source | None
+    sources: dict[str, Watched]
+    base: Watched | None
     config: ModelConfig | None
     """None where no source says what model it is; then it cannot leave its format."""
     tokenizer_files: list[Path]
+
+    @property
+    def all(self) -> dict[str, Watched]:
+        """Sources and base by name."""
+        return {**self.sources, **({"(base)": self.base} if self.base is not None else {})}
 
 
 def mix(
@@ -71,7 +76,7 @@ def mix(
         count = num_experts(len(sources), options)
         config = config.as_moe(count, width, options.router_topk, options.router_pre_softmax)
     common = {"mixed_from": list(sources), "moe_router_topk": options.router_topk}
-    return _write(opened, plan, config, output, options, common)
+    return _write("mix", opened, plan, config, output, options, common)
 
 
 def average(
@@ -80,21 +85,21 @@ def average(
     """The whole model averaged over the sources, feed-forwards too: the baseline ``average``."""
     opened = open_sources(sources, base)
     plan = plan_average(opened.sources, options, opened.base)
-    return _write(opened, plan, opened.config, output, options, {"averaged_from": list(sources)})
+    return _write("average", opened, plan, opened.config, output, options, {"averaged_from": list(sources)})
 
 
 def convert(source: Path, output: Output) -> dict[str, Any]:
     """Write a checkpoint, dense or MoE, in another format; every weight bit for bit."""
     opened = open_sources({"source": source}, None)
     plan = copy_plan(opened.sources["source"])
-    return _write(opened, plan, opened.config, output, None, {})
+    return _write("convert", opened, plan, opened.config, output, None, {})
 
 
 def open_sources(paths: Mapping[str, Path], base: Path | None) -> Opened:
     """Open the sources and compare what they say of their models. Raises UserError where they differ."""
-    sources = {name: open_checkpoint(path) for name, path in paths.items()}
-    of_base = open_checkpoint(base) if base is not None else None
-    checked = {**sources, **({"(base)": of_base} if of_base is not None else {})}
+    sources = {name: Watched(open_checkpoint(path)) for name, path in paths.items()}
+    opened = Opened(sources, Watched(open_checkpoint(base)) if base is not None else None, None, [])
+    checked = {name: watched.source for name, watched in opened.all.items()}
     configs = {name: config for name, source in checked.items() if (config := _config(source)) is not None}
     first = next(iter(configs), "")
     for second, other in configs.items():
@@ -106,9 +111,10 @@ def open_sources(paths: Mapping[str, Path], base: Path | None) -> Opened:
                 "experts must be branches of one model"
             )
     _check_tokenizers(checked)
-    config = next(iter(configs.values()), None)
+    opened.config = next(iter(configs.values()), None)
     tokenizer = [path for source in checked.values() for path in _tokenizer_files(source)]
-    return Opened(sources, of_base, config, _first_of_each_name(tokenizer))
+    opened.tokenizer_files = _first_of_each_name(tokenizer)
+    return opened
 
 
 def _config(source: Source) -> ModelConfig | None:
@@ -145,6 +151,7 @@ def _check_tokenizers(sources: Mapping[str, Source]) -> None:
 
 
 def _write(
+    stage: str,
     opened: Opened,
     plan: list[PlannedTensor],
     config: ModelConfig | None,
@@ -160,17 +167,17 @@ def _write(
         )
     recipe = {"recipe": dict(output.recipe)} if output.recipe else {}
 
+    started = time.perf_counter()
+
     def manifest(table: dict[str, Any]) -> str:
-        content = {
-            "btx_megatron": btx_megatron.__version__,
+        settings = {
             "format": to,
-            "sources": {name: str(source.folder) for name, source in opened.sources.items()},
-            "base": str(opened.base.folder) if opened.base is not None else None,
             "options": asdict(options) if options is not None else None,
-            "hash": "xxh3_128 of the xxh3_128 of each part (layer, expert), in row-major order",
-            "tensors": table,
+            "sources": {name: str(source.folder) for name, source in opened.all.items()},
         }
-        return json.dumps(content, indent=1) + "\n"
+        inputs = {name: source.fingerprint() for name, source in opened.all.items()}
+        seconds = time.perf_counter() - started
+        return manifest_text(make_manifest(stage, settings, inputs, {"tensors": table}, None, seconds))
 
     return write_checkpoint(
         output.path,
