@@ -228,7 +228,7 @@ class Watched:
         return hashed
 
     def fingerprint(self) -> str:
-        """Hash of all weights by name; parts that were not read whole are read now. Equal for every format."""
+        """Hash of all weights by name, equal for every format; parts not yet read whole are read now."""
         whole = xxhash.xxh3_128()
         for name, info in sorted(self.tensors.items()):
             parts = []
