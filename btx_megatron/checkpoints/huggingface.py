@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 from btx_megatron.checkpoints.config import ModelConfig, from_hf, to_hf
-from btx_megatron.checkpoints.metadata import dtype_name
 from btx_megatron.checkpoints.names import DENSE, DENSE_TO_MOE, LAYERS, ROUTER
-from btx_megatron.checkpoints.pieces import Files, Index, Piece, TensorInfo, indices_of, part_info
+from btx_megatron.checkpoints.pieces import Files, Index, Piece, TensorInfo, dtype_name, indices_of, part_info
 from btx_megatron.durable import sync, write_durably
 from btx_megatron.errors import UserError
 

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from btx_megatron.checkpoints.metadata import Chunk, StoredTensor, dtype_name, read_index
+from btx_megatron.checkpoints.metadata import Chunk, StoredTensor, read_index
 from btx_megatron.checkpoints.names import is_weight, split_layer
 from btx_megatron.checkpoints.pieces import (
     Files,
     Index,
     Piece,
     TensorInfo,
+    dtype_name,
     indices_of,
     part_info,
     read_part,

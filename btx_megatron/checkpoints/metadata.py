@@ -169,8 +169,3 @@ def _box(numbers: Any) -> Box:
     if not all(isinstance(number, int) and number >= 0 for number in box):
         raise ValueError(f"{box} are not sizes")
     return box
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")

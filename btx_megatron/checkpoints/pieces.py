@@ -88,6 +88,11 @@ def part_info(info: TensorInfo, index: Index) -> TensorInfo:
     return TensorInfo(info.shape[len(index) :], info.dtype)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """[rows, cols] of a part: a vector is a matrix of one column."""
     rows, cols = shape if len(shape) == 2 else (*shape, 1)

@@ -17,7 +17,6 @@ import torch
 import xxhash
 from torch import Tensor
 
-from btx_megatron.checkpoints.metadata import dtype_name
 from btx_megatron.checkpoints.pieces import (
     Index,
     Piece,
@@ -26,6 +25,7 @@ from btx_megatron.checkpoints.pieces import (
     TensorInfo,
     bytes_of,
     check_cover,
+    dtype_name,
     indices_of,
     matrix_shape,
     part_info,

@@ -109,7 +109,7 @@ def _print_flags(output: Path, kind: Format, parallel: Parallel) -> None:
 
 def _dry_run(sources: dict[str, Path], base: Path | None, options: MixOptions) -> str:
     """Every tensor's rule, inputs, shape and bytes."""
-    from btx_megatron.checkpoints.metadata import dtype_name
+    from btx_megatron.checkpoints.pieces import dtype_name
     from btx_megatron.checkpoints.stream import BLOCK_BYTES, available_workers
 
     opened = open_sources(sources, base)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_megatron.checkpoints.formats import open_checkpoint
-from btx_megatron.checkpoints.metadata import dtype_name
+from btx_megatron.checkpoints.pieces import dtype_name
 from btx_megatron.checkpoints.stream import hash_parts, tensor_hash
 
 

@@ -14,9 +14,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from btx_megatron.checkpoints.metadata import dtype_name
 from btx_megatron.checkpoints.names import DENSE, DENSE_TO_MOE, MAY_BE_ABSENT, ROUTER
-from btx_megatron.checkpoints.pieces import Index, Source, TensorInfo
+from btx_megatron.checkpoints.pieces import Index, Source, TensorInfo, dtype_name
 from btx_megatron.checkpoints.stream import PlannedTensor, Rows, rows_of
 from btx_megatron.errors import UserError
 from btx_megatron.mixing import experts

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from btx_megatron.checkpoints.formats import open_checkpoint
-from btx_megatron.checkpoints.metadata import dtype_name
 from btx_megatron.checkpoints.names import has_expert_axis
-from btx_megatron.checkpoints.pieces import Index
+from btx_megatron.checkpoints.pieces import Index, dtype_name
 from btx_megatron.checkpoints.stream import hash_parts, tensor_hash
 from btx_megatron.checkpoints.tracker import TRACKER, find_checkpoint
 from btx_megatron.errors import UserError
