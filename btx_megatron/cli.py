@@ -145,6 +145,17 @@ def mix(
         typer.Option(metavar="NAME=PATH", help="Without a recipe: an expert; once for each."),
     ] = None,
     output: Annotated[Path | None, typer.Option(metavar="PATH", help="Where the mixture goes.")] = None,
+    moe: Annotated[Path | None, typer.Option(metavar="PATH", help="A mixture to grow or shrink.")] = None,
+    add_expert: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="With --moe: the expert that joins it.")
+    ] = None,
+    drop_expert: Annotated[
+        int | None, typer.Option(metavar="NUMBER", help="With --moe: the expert that leaves it.")
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option("--lambda", metavar="L", help="With --moe: the new one's share of the rest; 1/(N+1)."),
+    ] = None,
     base: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="What base, ties and dare measure from; nobody's expert."),
@@ -187,7 +198,7 @@ def mix(
             raise UserError("mix: give a RECIPE, or --expert and --output, not both")
         _run_alone(_load(recipe, overrides), ["mix", "average"])
         return
-    if not expert or output is None:
+    if output is None or not (expert or moe):
         raise UserError("mix: give a RECIPE, or --expert NAME=PATH (once for each) and --output PATH")
     from btx_megatron.checkpoints.formats import Parallel
     from btx_megatron.mixing import command
@@ -211,7 +222,13 @@ def mix(
         target_pipeline_model_parallel_size,
         target_expert_model_parallel_size,
     )
-    sources = command.named_paths("--expert", expert)
+    if moe is not None:
+        if expert:
+            raise UserError("mix: give --moe, or --expert, not both")
+        added = command.named_paths("--add-expert", add_expert or [])
+        command.run_grow(moe, added, drop_expert, output, to, parallel, share, options, workers)
+        return
+    sources = command.named_paths("--expert", expert or [])
     command.run_mix(sources, base, output, to, parallel, options, workers, dry_run)
 
 

@@ -11,7 +11,8 @@ from btx_megatron.checkpoints.formats import FORMATS, Format, Parallel, config_o
 from btx_megatron.errors import UserError
 from btx_megatron.mixing.experts import Kind
 from btx_megatron.mixing.flags import megatron_flags
-from btx_megatron.mixing.mix import Output, convert, mix, open_sources
+from btx_megatron.mixing.grow import count_experts
+from btx_megatron.mixing.mix import Output, convert, drop, grow, mix, open_sources
 from btx_megatron.mixing.plan import Average, MixOptions, RouterInit, plan_mix
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -80,6 +81,31 @@ def run_mix(
     target = Output(output, kind, parallel, workers, manifest=True, progress=progress)
     table = mix(sources, target, options, base)
     print(f"{output}: {len(table)} tensors in {time.perf_counter() - started:.1f} s, {kind}")
+    _print_flags(output, kind, parallel)
+
+
+def run_grow(
+    moe: Path,
+    add: dict[str, Path],
+    dropped: int | None,
+    output: Path,
+    to: str | None,
+    parallel: Parallel,
+    share: float | None,
+    options: MixOptions,
+    workers: int,
+) -> None:
+    """Add an expert to a mixture, or drop one."""
+    if (len(add) == 1) == (dropped is not None) or len(add) > 1:
+        raise UserError("--moe: give one --add-expert NAME=PATH, or one --drop-expert NUMBER")
+    kind = _format(to) or format_of(moe)
+    target = Output(output, kind, parallel, workers, manifest=True)
+    if dropped is not None:
+        drop(moe, dropped, target)
+    else:
+        ((name, path),) = add.items()
+        grow(moe, name, path, target, share=share, options=options)
+    print(f"{output}: {count_experts(open_checkpoint(output))} experts, {kind}")
     _print_flags(output, kind, parallel)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from btx_megatron.checkpoints.formats import (
 from btx_megatron.checkpoints.pieces import Source
 from btx_megatron.checkpoints.stream import PlannedTensor, Reporter, Watched, copy_plan
 from btx_megatron.errors import UserError
-from btx_megatron.manifest import make_manifest, manifest_text
+from btx_megatron.manifest import make_manifest, manifest_text, read_manifest
 from btx_megatron.mixing.experts import expert_width
+from btx_megatron.mixing.grow import check_fingerprints, count_experts, plan_drop, plan_grow, remix_sources
 from btx_megatron.mixing.plan import MixOptions, num_experts, plan_average, plan_mix
 
 
@@ -93,6 +94,48 @@ def convert(source: Path, output: Output) -> dict[str, Any]:
     opened = open_sources({"source": source}, None)
     plan = copy_plan(opened.sources["source"])
     return _write("convert", opened, plan, opened.config, output, None, {})
+
+
+def grow(
+    moe: Path, name: str, new: Path, output: Output, *, share: float | None, options: MixOptions
+) -> dict[str, Any]:
+    """A mixture with one expert more. ``share`` is lambda, of a trained one (see mixing.grow).
+
+    A mixture that ``btx mix`` made and nothing trained is mixed again, from its sources and the new one, as
+    it was mixed; those must be what they were. Raises UserError as mix does.
+    """
+    manifest = read_manifest(moe)
+    if share is None and manifest is not None and manifest.stage == "mix" and "sources" in manifest.recipe:
+        sources = remix_sources(manifest)
+        if name in sources:
+            raise UserError(f"--add-expert {name}: the mixture has an expert of this name; choose another")
+        check_fingerprints({key: Watched(open_checkpoint(path)) for key, path in sources.items()}, manifest)
+        base = manifest.recipe["sources"].get("(base)")
+        again = MixOptions(**manifest.recipe["options"])
+        return mix({**sources, name: new}, output, again, Path(base) if base else None)
+    opened = open_sources({"mixture": moe, name: new}, None)
+    mixture = opened.sources["mixture"]
+    plan = plan_grow(mixture, name, opened.sources[name], share, options.router_std, options.random_seed)
+    config = opened.config
+    if config is not None:
+        config = replace(config, num_experts=count_experts(mixture) + 1)
+    return _write("grow", opened, plan, config, output, options, {})
+
+
+def drop(moe: Path, dropped: int, output: Output) -> dict[str, Any]:
+    """A mixture without expert number ``dropped``; every other weight bit for bit."""
+    opened = open_sources({"mixture": moe}, None)
+    mixture = opened.sources["mixture"]
+    plan, config = plan_drop(mixture, dropped), opened.config
+    if config is not None:
+        left = count_experts(mixture) - 1
+        if config.moe_router_topk > left:
+            raise UserError(
+                f"--drop-expert {dropped}: a token takes {config.moe_router_topk} experts, and {left} "
+                "would be left"
+            )
+        config = replace(config, num_experts=left)
+    return _write("drop", opened, plan, config, output, None, {})
 
 
 def open_sources(paths: Mapping[str, Path], base: Path | None) -> Opened:

@@ -1,0 +1,10 @@
+#!/usr/bin/env python3
+"""Merge checkpoints into a mixture of experts: ``btx mix``, for those who look for a script."""
+
+import sys
+
+from btx_megatron.cli import main
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "mix")
+    sys.exit(main())
