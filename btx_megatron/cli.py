@@ -187,6 +187,9 @@ def mix(
     ] = 1,
     random_seed: Annotated[int, typer.Option(help="Of the router, dare and drop.")] = 1234,
     workers: Annotated[int, typer.Option(help="Threads; 0: one a core.")] = 0,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bound on all buffers together, as 500M or 2G.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
 ) -> None:
     """Merge the experts into a mixture of experts, and (the baseline) into their average.
@@ -203,6 +206,7 @@ def mix(
     from btx_megatron.checkpoints.formats import Parallel
     from btx_megatron.mixing import command
 
+    effort = command.effort(workers, max_memory)
     options = command.mix_options(
         average=average,
         weights=command.named_numbers("--weight", weight or []),
@@ -226,10 +230,10 @@ def mix(
         if expert:
             raise UserError("mix: give --moe, or --expert, not both")
         added = command.named_paths("--add-expert", add_expert or [])
-        command.run_grow(moe, added, drop_expert, output, to, parallel, share, options, workers)
+        command.run_grow(moe, added, drop_expert, output, to, parallel, share, options, effort)
         return
     sources = command.named_paths("--expert", expert or [])
-    command.run_mix(sources, base, output, to, parallel, options, workers, dry_run)
+    command.run_mix(sources, base, output, to, parallel, options, effort, dry_run)
 
 
 @app.command()
@@ -243,6 +247,9 @@ def convert(
         int, typer.Option(metavar="E", help="Each EP rank's experts in files of their own.")
     ] = 1,
     workers: Annotated[int, typer.Option(help="Threads; 0: one a core.")] = 0,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bound on all buffers together, as 500M or 2G.")
+    ] = None,
 ) -> None:
     """Write a checkpoint, dense or MoE, in another format, bit for bit."""
     from btx_megatron.checkpoints.formats import Parallel
@@ -253,7 +260,7 @@ def convert(
         target_pipeline_model_parallel_size,
         target_expert_model_parallel_size,
     )
-    command.run_convert(source, output, to, parallel, workers)
+    command.run_convert(source, output, to, parallel, command.effort(workers, max_memory))
 
 
 @app.command()

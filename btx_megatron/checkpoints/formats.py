@@ -12,7 +12,7 @@ from typing import Any, Literal
 from btx_megatron.checkpoints.config import ModelConfig, from_args, from_recipe, to_args
 from btx_megatron.checkpoints.names import ROUTER, has_expert_axis
 from btx_megatron.checkpoints.pieces import Index, Source, TensorInfo
-from btx_megatron.checkpoints.stream import PlannedTensor, Reporter, stream
+from btx_megatron.checkpoints.stream import NO_BOUND, Effort, PlannedTensor, Reporter, stream
 from btx_megatron.checkpoints.tracker import RELEASE, TRACKER, find_checkpoint, write_tracker
 from btx_megatron.durable import sync, write_durably
 from btx_megatron.errors import StageFailed, UserError
@@ -104,7 +104,7 @@ def write_checkpoint(
     common: Mapping[str, Any] | None = None,
     tokenizer_files: list[Path] | None = None,
     extra_files: Mapping[str, str] | None = None,
-    workers: int = 0,
+    effort: Effort = NO_BOUND,
     progress: Reporter | None = None,
     finish_manifest: Any = None,
 ) -> dict[str, dict[str, Any]]:
@@ -124,7 +124,7 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)  # left by one that was killed
         partial.mkdir()
         table = _write(
-            partial, to, plan, config, parallel, common or {}, tokenizer_files or [], workers, progress
+            partial, to, plan, config, parallel, common or {}, tokenizer_files or [], effort, progress
         )
         for name, text in (extra_files or {}).items():
             write_durably(partial / name, text)
@@ -154,7 +154,7 @@ def _write(
     parallel: Parallel,
     common: Mapping[str, Any],
     tokenizer_files: list[Path],
-    workers: int,
+    effort: Effort,
     progress: Reporter | None,
 ) -> dict[str, dict[str, Any]]:
     tensors = {planned.name: planned.info for planned in plan}
@@ -164,7 +164,7 @@ def _write(
         assert config is not None
         _refuse_what_mixtral_cannot_say(config)
         hf = HuggingFaceLayout(folder, tensors, config)
-        table = stream(plan, hf, workers, progress)
+        table = stream(plan, hf, effort, progress)
         hf.finish(tokenizer_files)
         return table
     padded = tensors["embedding.word_embeddings.weight"].shape[0]
@@ -177,13 +177,13 @@ def _write(
         legacy = LegacyLayout(
             folder / RELEASE, tensors, args, parallel.tensor, parallel.pipeline, parallel.expert
         )
-        table = stream(plan, legacy, workers, progress)
+        table = stream(plan, legacy, effort, progress)
         legacy.finish()
     else:
         from btx_megatron.checkpoints.megatron_dist import DistLayout
 
         dist = DistLayout(folder / RELEASE, tensors, _expert_files(tensors, parallel.expert))
-        table = stream(plan, dist, workers, progress)
+        table = stream(plan, dist, effort, progress)
         dist.finish({"iteration": 0, "checkpoint_version": 3.0, **_said_of(config, padded, common), **common})
     write_tracker(folder, RELEASE)
     return table

@@ -7,7 +7,6 @@ a rule that needs a whole part at once says so.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -33,9 +32,14 @@ from btx_megatron.checkpoints.pieces import (
     write_rows,
 )
 from btx_megatron.errors import UserError
+from btx_megatron.runtime.cores import available_cores
 
 BLOCK_BYTES = 8 << 20
 """Bytes that one thread makes at once."""
+
+BUFFERS, BUFFERS_WHOLE = 6, 12
+"""Copies of a block (its own type) that a thread holds: the sum in fp32, a source, the result; of a whole
+part where TIES works on it."""
 
 Rows = Callable[[int, int], Tensor]
 """Rows ``start`` to ``stop`` of a part: [stop - start, cols], or [stop - start] of a vector."""
@@ -112,32 +116,65 @@ _BITS = {
 }
 
 
-def available_workers(workers: int) -> int:
-    """Threads: as asked, or (0) one for each core that this process may use."""
-    return workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+@dataclass(frozen=True)
+class Effort:
+    """How much of the machine the engine takes."""
+
+    workers: int = 0
+    """Threads; 0: one a core."""
+    max_memory: int | None = None
+    """Bytes that all buffers together may take; None: no bound beyond a few blocks a thread."""
+
+    def fit(self, plan: list[PlannedTensor]) -> tuple[int, int]:
+        """Threads, and bytes of a block. Raises UserError where a rule needs more than there may be."""
+        threads = self.workers or available_cores()
+        if self.max_memory is None:
+            return threads, BLOCK_BYTES
+        whole = [tensor for tensor in plan if tensor.whole]
+        if whole:
+            largest = max(whole, key=lambda tensor: part_bytes(tensor))
+            need = part_bytes(largest) * BUFFERS_WHOLE
+            if need > self.max_memory:
+                raise UserError(
+                    f"--max-memory {self.max_memory}: {largest.name} ({largest.rule}) is made whole, which "
+                    f"takes about {need} bytes; raise it, or choose another rule"
+                )
+            threads = min(threads, self.max_memory // need)
+        block = min(BLOCK_BYTES, self.max_memory // (threads * BUFFERS))
+        return threads, max(1, block)
+
+
+NO_BOUND = Effort()
+
+
+def part_bytes(tensor: PlannedTensor) -> int:
+    """Bytes of the largest part of a weight."""
+    index = indices_of(tensor.name, tensor.info)[0]
+    return torch.Size(part_info(tensor.info, index).shape).numel() * tensor.info.dtype.itemsize
 
 
 def stream(
-    plan: list[PlannedTensor], target: Target, workers: int = 0, progress: Reporter | None = None
+    plan: list[PlannedTensor], target: Target, effort: Effort = NO_BOUND, progress: Reporter | None = None
 ) -> dict[str, dict[str, Any]]:
     """Make every weight of the plan and write it to the target; returns the table of the manifest.
 
     The table has ``rule``, ``inputs``, ``shape``, ``dtype`` and ``xxh3_128`` by name. The first error
     ends it: UserError for a source that is damaged or not finite, OSError for a full disk.
     """
-    digests = _run(plan, target, workers, progress)
+    digests = _run(plan, target, effort, progress)
     return {tensor.name: _entry(tensor, digests) for tensor in plan}
 
 
 def _run(
-    plan: list[PlannedTensor], target: Target, workers: int, progress: Reporter | None
+    plan: list[PlannedTensor], target: Target, effort: Effort, progress: Reporter | None
 ) -> dict[tuple[str, Index], bytes]:
     """The hash of every part, once all are written."""
     torch.set_num_threads(1)  # threads work on parts; inside one they would only wait for each other
     jobs = [(tensor, index) for tensor in plan for index in indices_of(tensor.name, tensor.info)]
     digests: dict[tuple[str, Index], bytes] = {}
-    with ThreadPoolExecutor(available_workers(workers)) as pool:
-        futures = {pool.submit(_make_part, tensor, index, target): (tensor, index) for tensor, index in jobs}
+    threads, block = effort.fit(plan)
+    with ThreadPoolExecutor(threads) as pool:
+        futures = {pool.submit(_make_part, *job, target, block): job for job in jobs}
         waiting = set(futures)
         try:
             while waiting:
@@ -163,10 +200,10 @@ def _entry(tensor: PlannedTensor, digests: dict[tuple[str, Index], bytes]) -> di
     }
 
 
-def _make_part(tensor: PlannedTensor, index: Index, target: Target) -> bytes:
+def _make_part(tensor: PlannedTensor, index: Index, target: Target, block_bytes: int) -> bytes:
     info, make, pieces = part_info(tensor.info, index), tensor.make(index), target.pieces(tensor.name, index)
     rows, cols = matrix_shape(info.shape)
-    step = rows if tensor.whole else max(1, BLOCK_BYTES // max(1, cols * info.dtype.itemsize))
+    step = rows if tensor.whole else max(1, block_bytes // max(1, cols * info.dtype.itemsize))
     digest = PartHash()
     for start in range(0, rows, step):
         block = make(start, min(rows, start + step)).to(info.dtype).contiguous()
@@ -252,9 +289,9 @@ def copy_plan(source: Source) -> list[PlannedTensor]:
     return [PlannedTensor(name, info, "copy", where, rows(name)) for name, info in source.tensors.items()]
 
 
-def hash_parts(source: Source, workers: int = 0) -> dict[str, dict[Index, bytes]]:
+def hash_parts(source: Source) -> dict[str, dict[Index, bytes]]:
     """Hash of every part of every weight, found finite; by name and leading indices, in row-major order."""
-    digests = _run(copy_plan(source), _Nowhere(), workers, None)
+    digests = _run(copy_plan(source), _Nowhere(), NO_BOUND, None)
     return {
         name: {index: digests[name, index] for index in indices_of(name, info)}
         for name, info in source.tensors.items()

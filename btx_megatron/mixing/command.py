@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
 from typing import Any, get_args
 
 from btx_megatron.checkpoints.formats import FORMATS, Format, Parallel, config_of, format_of, open_checkpoint
+from btx_megatron.checkpoints.stream import Effort
 from btx_megatron.errors import UserError
 from btx_megatron.mixing.experts import Kind
 from btx_megatron.mixing.flags import megatron_flags
@@ -50,6 +52,18 @@ def mix_options(**values: Any) -> MixOptions:
     return MixOptions(**values)
 
 
+def effort(workers: int, max_memory: str | None) -> Effort:
+    """``--workers`` and ``--max-memory``, which may end in K, M or G (1024s). Raises UserError for others."""
+    if workers < 0:
+        raise UserError(f"--workers {workers}: must be at least 0")
+    if max_memory is None:
+        return Effort(workers)
+    match = re.fullmatch(r"(\d+)([KMG]?)B?", max_memory.upper())
+    if match is None or int(match[1]) == 0:
+        raise UserError(f"--max-memory {max_memory}: write it as 500M or 2G")
+    return Effort(workers, int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]])
+
+
 def _check_word(option: str, word: str, known: tuple[str, ...]) -> None:
     if word not in known:
         raise UserError(f"{option} {word}: not known; there are {', '.join(known)}")
@@ -68,7 +82,7 @@ def run_mix(
     to: str | None,
     parallel: Parallel,
     options: MixOptions,
-    workers: int,
+    effort: Effort,
     dry_run: bool,
 ) -> None:
     """Mix, and print where the result is and how Megatron-LM loads it."""
@@ -78,7 +92,7 @@ def run_mix(
         return
     started = time.perf_counter()
     progress = _TerminalProgress() if sys.stderr.isatty() else None
-    target = Output(output, kind, parallel, workers, manifest=True, progress=progress)
+    target = Output(output, kind, parallel, effort, manifest=True, progress=progress)
     table = mix(sources, target, options, base)
     print(f"{output}: {len(table)} tensors in {time.perf_counter() - started:.1f} s, {kind}")
     _print_flags(output, kind, parallel)
@@ -93,13 +107,13 @@ def run_grow(
     parallel: Parallel,
     share: float | None,
     options: MixOptions,
-    workers: int,
+    effort: Effort,
 ) -> None:
     """Add an expert to a mixture, or drop one."""
     if (len(add) == 1) == (dropped is not None) or len(add) > 1:
         raise UserError("--moe: give one --add-expert NAME=PATH, or one --drop-expert NUMBER")
     kind = _format(to) or format_of(moe)
-    target = Output(output, kind, parallel, workers, manifest=True)
+    target = Output(output, kind, parallel, effort, manifest=True)
     if dropped is not None:
         drop(moe, dropped, target)
     else:
@@ -109,13 +123,13 @@ def run_grow(
     _print_flags(output, kind, parallel)
 
 
-def run_convert(source: Path, output: Path, to: str, parallel: Parallel, workers: int) -> None:
+def run_convert(source: Path, output: Path, to: str, parallel: Parallel, effort: Effort) -> None:
     """Convert, and print where the result is and how Megatron-LM loads it."""
     kind = _format(to)
     assert kind is not None
     started = time.perf_counter()
     progress = _TerminalProgress() if sys.stderr.isatty() else None
-    table = convert(source, Output(output, kind, parallel, workers, manifest=True, progress=progress))
+    table = convert(source, Output(output, kind, parallel, effort, manifest=True, progress=progress))
     print(f"{output}: {len(table)} tensors in {time.perf_counter() - started:.1f} s, {kind}")
     _print_flags(output, kind, parallel)
 
@@ -136,7 +150,8 @@ def _print_flags(output: Path, kind: Format, parallel: Parallel) -> None:
 def _dry_run(sources: dict[str, Path], base: Path | None, options: MixOptions) -> str:
     """Every tensor's rule, inputs, shape and bytes."""
     from btx_megatron.checkpoints.pieces import dtype_name
-    from btx_megatron.checkpoints.stream import BLOCK_BYTES, available_workers
+    from btx_megatron.checkpoints.stream import BLOCK_BYTES
+    from btx_megatron.runtime.cores import available_cores
 
     opened = open_sources(sources, base)
     plan = plan_mix(opened.sources, options, opened.base)
@@ -159,7 +174,7 @@ def _dry_run(sources: dict[str, Path], base: Path | None, options: MixOptions) -
         for info in source.tensors.values()
     )
     # a block in its own type, once more in fp32 for the sum, and one for each source that is read
-    blocks = available_workers(0) * BLOCK_BYTES * 6
+    blocks = available_cores() * BLOCK_BYTES * 6
     lines.append(f"reads {read:,} bytes, writes {written:,} bytes, buffers of about {blocks:,} bytes")
     return "\n".join(lines)
 

@@ -49,6 +49,9 @@ def megatron_flags(
             "--moe-router-dtype fp32",
             *(["--moe-router-pre-softmax"] if config.moe_router_pre_softmax else []),
         ]
+    if to == "megatron":
+        # each layer's empty _extra_state is asked for and not written: by default Megatron stops at that
+        flags.append("--dist-ckpt-strictness log_all")
     if to == "megatron-legacy":
         flags += [
             f"--tensor-model-parallel-size {parallel.tensor}",

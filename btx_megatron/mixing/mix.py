@@ -20,7 +20,7 @@ from btx_megatron.checkpoints.formats import (
     write_checkpoint,
 )
 from btx_megatron.checkpoints.pieces import Source
-from btx_megatron.checkpoints.stream import PlannedTensor, Reporter, Watched, copy_plan
+from btx_megatron.checkpoints.stream import NO_BOUND, Effort, PlannedTensor, Reporter, Watched, copy_plan
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import make_manifest, manifest_text, read_manifest
 from btx_megatron.mixing.experts import expert_width
@@ -36,8 +36,7 @@ class Output:
     to: Format | None = None
     """None: the first source's own format."""
     parallel: Parallel = ONE_RANK
-    workers: int = 0
-    """Threads; 0: one a core."""
+    effort: Effort = NO_BOUND
     recipe: Mapping[str, Any] | None = None
     """Travels in a torch_dist checkpoint."""
     manifest: bool = False
@@ -230,7 +229,7 @@ def _write(
         parallel=output.parallel,
         common={**recipe, **common},
         tokenizer_files=opened.tokenizer_files,
-        workers=output.workers,
+        effort=output.effort,
         progress=output.progress,
         finish_manifest=manifest if output.manifest else None,
     )

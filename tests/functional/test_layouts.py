@@ -11,6 +11,10 @@ import torch
 from layout_worker import LAYOUTS, MODEL, STEPS, gates_of
 from torchrun import torchrun
 
+pytestmark = pytest.mark.timeout(
+    1200
+)  # a minute on free cores; ranks that wait for each other suffer on busy ones
+
 NAMES = [f"{kind} {name}" for kind, layouts in LAYOUTS.items() for name in layouts]
 BIT_FOR_BIT = (
     "dense DP2+distributed, dropout",

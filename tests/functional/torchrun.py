@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def torchrun(script: str, ranks: int, *arguments: object, timeout: float = 300) -> str:
+def torchrun(script: str, ranks: int, *arguments: object, timeout: float = 900) -> str:
     """Output of ``script`` on so many ranks; raises with its end if it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
