@@ -90,12 +90,26 @@ def status(run: RunOrRecipe) -> None:
 
 
 @app.command()
-def verify(checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint folder.")]) -> None:
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint folder of any format.")],
+    loss: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also its loss on this text (needs Megatron).")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="For --loss: tokenizer.json or a SentencePiece model.")
+    ] = None,
+    seq_length: Annotated[int, typer.Option(help="For --loss: tokens a window.")] = 512,
+) -> None:
     """Re-read a checkpoint: shapes, finite values, distinct experts, hashes."""
     from btx_megatron.mixing.verify import verify as verify_checkpoint
 
-    for what, found in verify_checkpoint(checkpoint).items():
-        print(f"{what}: {found}")
+    found = verify_checkpoint(checkpoint)
+    if loss is not None:
+        from btx_megatron.evaluation.step0 import checkpoint_loss
+
+        found |= checkpoint_loss(checkpoint, loss, tokenizer, seq_length)
+    for what, value in found.items():
+        print(f"{what}: {value}")
 
 
 @app.command()
