@@ -1,14 +1,15 @@
 """Who is measured: our mix, a plain copy, and the peers that the user has.
 
-They do not do the same work. `copy` only reads all input bytes and writes as many as a mixture has (one
-thread, blocks of 8 MB); btx averages the shared weights in fp32 and hashes; mergekit-moe takes the shared
-weights of its first model; "linear, then moe" averages first, as the method asks for; mixturekit averages in
-bf16 and writes no router. Peers run with their defaults.
+They do not do the same work. `copy` only reads all input bytes and writes as many as a mixture has, in
+blocks of 8 MB, in one thread ("threaded": one a core, 4 at most); btx averages the shared weights in fp32 and
+hashes; mergekit-moe takes the shared weights of its first model; "linear, then moe" averages first, as the
+method asks for; mixturekit averages in bf16 and writes no router. Peers run with their defaults.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import models
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST_THREADS = 4
 Command = list[str]
 Commands = Callable[[list[Path], Path], list[Command]]
 """Of the models and an empty folder to work in; the result is its subfolder `out`."""
@@ -31,10 +33,13 @@ class Contestant:
     commands: Commands
 
 
-def copy(experts: list[Path], work: Path) -> list[Command]:
-    size = models.mixture_bytes(experts)
-    command = [sys.executable, str(ROOT / "benchmarks" / "copy_bytes.py"), str(work / "out"), str(size)]
-    return [command + [str(file) for file in models.weight_files(experts)]]
+def copy(threads: int) -> Commands:
+    def commands(experts: list[Path], work: Path) -> list[Command]:
+        command = [sys.executable, str(ROOT / "benchmarks" / "copy_bytes.py"), str(work / "out")]
+        command += [str(models.mixture_bytes(experts)), str(threads)]
+        return [command + [str(file) for file in models.weight_files(experts)]]
+
+    return commands
 
 
 def btx(workers: int | None) -> Commands:
@@ -99,7 +104,11 @@ def mixturekit(python: Path) -> Commands:
 
 def contestants(workers: int | None, peers: list[tuple[str, Path]]) -> list[Contestant]:
     """`peers`: names of tools, and the python that has the tool installed."""
-    found = [Contestant("copy", copy), Contestant("btx mix", btx(workers))]
+    found = [Contestant("copy", copy(1))]
+    cores = len(os.sched_getaffinity(0))
+    if cores > 1:
+        found.append(Contestant("copy, threaded", copy(min(cores, MOST_THREADS))))
+    found.append(Contestant("btx mix", btx(workers)))
     for tool, python in peers:
         if tool == "mergekit":
             found += [

@@ -139,21 +139,18 @@ def test_memory_file_systems_cannot_be_cold() -> None:
         path.unlink()
 
 
-def test_copy_reads_all_and_writes_a_mixture(experts: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_copy_reads_all_and_writes_a_mixture(experts: list[Path], tmp_path: Path, threads: int) -> None:
     size = models.mixture_bytes(experts)
     files = [str(file) for file in models.weight_files(experts)]
-    copy = [
-        sys.executable,
-        str(ROOT / "benchmarks" / "copy_bytes.py"),
-        str(tmp_path / "out"),
-        str(size),
-        *files,
-    ]
-    cost = measure(copy, tmp_path / "log")
-    assert (tmp_path / "out" / "bytes").stat().st_size == size
+    copy = [sys.executable, str(ROOT / "benchmarks" / "copy_bytes.py"), str(tmp_path / "out")]
+    cost = measure([*copy, str(size), str(threads), *files], tmp_path / "log")
+    written = [path.stat().st_size for path in (tmp_path / "out").iterdir()]
+    assert sum(written) == size
+    assert len(written) == min(threads, len(experts))
     assert cost.write_calls >= size
     assert cost.read_calls >= models.total_bytes(experts)
-    # Two layers of 3 x 64 x 128 numbers thrice, all else once, and 2 x 3 x 64 for the routers.
+    # All numbers once, two layers of 3 x 64 x 128 twice more, and 2 x 3 x 64 for the routers.
     once = sum(torch.Size(shape).numel() for shape in models.SIZES["tiny"].weights().values())
     assert size == 2 * (once + 2 * (2 * 3 * 64 * 128) + 2 * 3 * 64)
 
