@@ -113,6 +113,25 @@ def verify(
 
 
 @app.command()
+def inspect(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(metavar="CKPT...", help="Checkpoint folders of any format.")
+    ],
+    base: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="What they branched from; else the first CKPT.")
+    ] = None,
+    sample: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Of the entries to read; else what takes seconds.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every number there.")] = None,
+) -> None:
+    """Say what a checkpoint is; of several, how they differ and how far they moved from their base."""
+    from btx_megatron.mixing.inspect_output import run_inspect
+
+    run_inspect(checkpoints, base, sample, json)
+
+
+@app.command()
 def report(run: RunOrRecipe) -> None:
     """Write the report of a finished run again."""
     from btx_megatron.launch.local import run_stages

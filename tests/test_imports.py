@@ -25,7 +25,7 @@ FLOORS = [
     {"estimate"},
     {"recipe"},
     {"durable"},
-    {"errors"},
+    {"errors", "columns"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -53,7 +53,16 @@ def test_imports_run_downwards(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["mixing.mix", "mixing.verify", "data.prepare", "cli", "evaluation.report", "launch.worker"]
+    "module",
+    [
+        "mixing.mix",
+        "mixing.verify",
+        "mixing.inspect",
+        "data.prepare",
+        "cli",
+        "evaluation.report",
+        "launch.worker",
+    ],
 )
 def test_the_base_install_imports_no_megatron(module: str) -> None:
     program = (

@@ -61,17 +61,43 @@ _SHAPE = (
 
 # Hugging Face
 
+# what a key that is not in config.json stands for, by model_type, in transformers 4 and 5
+_HF_DEFAULTS: dict[Any, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "sliding_window": None},
+    "mistral": {
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "mixtral": {
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "sliding_window": None,
+    },
+}
+_HF_ROPE_THETA = {"llama": 10_000.0, "mistral": 10_000.0, "mixtral": 1_000_000.0}
+
 
 def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The model of a ``config.json``. Raises UserError for what is no plain Llama or Mixtral."""
     kind = config.get("model_type")
-    if kind not in ("llama", "mistral", "mixtral"):
+    if kind not in _HF_DEFAULTS:
         raise UserError(f"{where}: model_type '{kind}' is not supported; llama and mixtral are")
+    config = {**_HF_DEFAULTS[kind], **config}
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key):
             raise UserError(f"{where}: {key} is true; models with biases are not supported")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{where}: hidden_act '{config['hidden_act']}' is not supported; silu is")
+    window = config["sliding_window"]
+    if window is not None and window < config["max_position_embeddings"]:
+        raise UserError(
+            f"{where}: sliding_window is {window}, less than max_position_embeddings; attention through a "
+            "window is not supported"
+        )
     rope = dict(config.get("rope_parameters") or {})
     scaling = config.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
     if scaling and scaling.get("rope_type", scaling.get("type", "default")) == "default":
@@ -85,9 +111,9 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
         num_attention_heads=heads,
         num_query_groups=config.get("num_key_value_heads") or heads,
         kv_channels=config.get("head_dim") or hidden // heads,
-        seq_length=config.get("max_position_embeddings", 2048),
-        rotary_base=float(config.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6 if kind == "llama" else 1e-5)),
+        seq_length=_get(config, "max_position_embeddings", where),
+        rotary_base=float(config.get("rope_theta") or rope.get("rope_theta") or _HF_ROPE_THETA[kind]),
+        norm_epsilon=float(config["rms_norm_eps"]),
         tied=bool(config.get("tie_word_embeddings", False)),
         vocab_size=_get(config, "vocab_size", where),
         rope_scaling=tuple(sorted(scaling.items())) if scaling else None,

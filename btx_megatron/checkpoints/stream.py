@@ -37,7 +37,7 @@ from btx_megatron.runtime.cores import available_cores
 BLOCK_BYTES = 8 << 20
 """Bytes that one thread makes at once."""
 
-BUFFERS, BUFFERS_WHOLE = 6, 12
+BUFFERS, BUFFERS_WHOLE = 6, 18
 """Copies of a block (its own type) that a thread holds: the sum in fp32, a source, the result; of a whole
 part where TIES works on it."""
 

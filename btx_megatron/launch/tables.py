@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from btx_megatron.columns import columns
 from btx_megatron.estimate import recipe_parameter_counts, stage_tokens
 from btx_megatron.launch.display import clock
 from btx_megatron.pipeline import PipelineStage, stages_of
@@ -64,17 +65,3 @@ def _status_row(run: RunFolder, stage: PipelineStage) -> list[str]:
         time,
         how_far,
     ]
-
-
-def columns(rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
-    """Rows of text, aligned; the columns in ``right`` to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-
-    def line(row: list[str]) -> str:
-        cells = (
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join(cells).rstrip()
-
-    return "\n".join(line(row) for row in rows)

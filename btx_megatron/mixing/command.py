@@ -11,11 +11,12 @@ from typing import Any, get_args
 from btx_megatron.checkpoints.formats import FORMATS, Format, Parallel, config_of, format_of, open_checkpoint
 from btx_megatron.checkpoints.stream import Effort
 from btx_megatron.errors import UserError
+from btx_megatron.mixing.dry_run import dry_run_text
 from btx_megatron.mixing.experts import Kind
 from btx_megatron.mixing.flags import megatron_flags
 from btx_megatron.mixing.grow import count_experts
 from btx_megatron.mixing.mix import Output, convert, drop, grow, mix, open_sources
-from btx_megatron.mixing.plan import Average, MixOptions, RouterInit, plan_mix
+from btx_megatron.mixing.plan import Average, MixOptions, RouterInit
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -88,7 +89,7 @@ def run_mix(
     """Mix, and print where the result is and how Megatron-LM loads it."""
     kind = _format(to) or format_of(next(iter(sources.values())))
     if dry_run:
-        print(_dry_run(sources, base, options))
+        print(dry_run_text(open_sources(sources, base), options, effort))
         return
     started = time.perf_counter()
     progress = _TerminalProgress() if sys.stderr.isatty() else None
@@ -145,45 +146,6 @@ def _print_flags(output: Path, kind: Format, parallel: Parallel) -> None:
     print("Megatron-LM loads it with:")
     for flag in megatron_flags(config, result.tensors[_EMBEDDING].shape[0], output, kind, parallel):
         print(f"  {flag} \\")
-
-
-def _dry_run(sources: dict[str, Path], base: Path | None, options: MixOptions) -> str:
-    """Every tensor's rule, inputs, shape and bytes."""
-    from btx_megatron.checkpoints.pieces import dtype_name
-    from btx_megatron.checkpoints.stream import BLOCK_BYTES
-    from btx_megatron.runtime.cores import available_cores
-
-    opened = open_sources(sources, base)
-    plan = plan_mix(opened.sources, options, opened.base)
-    lines, written = [], 0
-    for tensor in plan:
-        count = 1
-        for length in tensor.info.shape:
-            count *= length
-        size = count * tensor.info.dtype.itemsize
-        written += size
-        shape = "x".join(map(str, tensor.info.shape))
-        inputs = ", ".join(tensor.inputs) or "-"
-        lines.append(
-            f"{tensor.name}  {tensor.rule}  from {inputs}  {shape} {dtype_name(tensor.info.dtype)}"
-            f"  {size:,} bytes"
-        )
-    read = sum(
-        info.dtype.itemsize * _numel(info.shape)
-        for source in opened.sources.values()
-        for info in source.tensors.values()
-    )
-    # a block in its own type, once more in fp32 for the sum, and one for each source that is read
-    blocks = available_cores() * BLOCK_BYTES * 6
-    lines.append(f"reads {read:,} bytes, writes {written:,} bytes, buffers of about {blocks:,} bytes")
-    return "\n".join(lines)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
 
 
 class _TerminalProgress:

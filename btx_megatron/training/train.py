@@ -46,12 +46,13 @@ def _run_training(job: Job) -> dict[str, Any]:
     if not resume(job.work_folder / "checkpoints", state) and job.load_from is not None:
         load_weights(job.load_from, trainer.model)
         trainer.optimizer.reload_model_params()  # the fp32 masters were made from the initial weights
-    seconds = _train(job, stage, trainer, state)
+    extra = {"recipe": recipe_to_dict(job.recipe), "vocab_size": statistics["vocab_size"]}
+    seconds = _train(job, stage, trainer, state, extra)
     tokens = state.consumed_samples * job.recipe.model.seq_length
     return {"tokens": tokens, "iterations": state.iteration, "training_seconds": round(seconds, 3)}
 
 
-def _train(job: Job, stage: Stage, trainer: Any, state: Any) -> float:
+def _train(job: Job, stage: Stage, trainer: Any, state: Any, extra: dict[str, Any]) -> float:
     from btx_megatron.training.checkpoint import save
 
     training = stage.training
@@ -73,7 +74,7 @@ def _train(job: Job, stage: Stage, trainer: Any, state: Any) -> float:
             reporter.step(state.iteration, state.consumed_samples, result)
         at_end = state.iteration == training.train_iters
         if result.stop or at_end or state.iteration % training.save_interval == 0:
-            save(folder, state, {"recipe": recipe_to_dict(job.recipe)}, training.save_total_limit)
+            save(folder, state, extra, training.save_total_limit)
         if result.stop and not at_end:
             raise Stopped(f"{job.stage}: stopped and saved at step {state.iteration}")
     if reporter:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from btx_megatron.columns import columns
 from btx_megatron.errors import UserError
 from btx_megatron.launch import machine
 from btx_megatron.launch.display import Pace, PlainDisplay, clock, end_line
 from btx_megatron.launch.machine import Machine, check_packages, this_machine
-from btx_megatron.launch.tables import columns
 from btx_megatron.pipeline import PipelineStage
 from btx_megatron.recipe import Layout
 from btx_megatron.runtime import cores as cores_module
