@@ -62,7 +62,7 @@ _SHAPE = (
 # Hugging Face
 
 # what a key that is not in config.json stands for, by model_type, in transformers 4 and 5
-_HF_DEFAULTS: dict[Any, dict[str, Any]] = {
+_HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "sliding_window": None},
     "mistral": {
         "max_position_embeddings": 131_072,
@@ -83,7 +83,7 @@ _HF_ROPE_THETA = {"llama": 10_000.0, "mistral": 10_000.0, "mixtral": 1_000_000.0
 
 def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The model of a ``config.json``. Raises UserError for what is no plain Llama or Mixtral."""
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in _HF_DEFAULTS:
         raise UserError(f"{where}: model_type '{kind}' is not supported; llama and mixtral are")
     config = {**_HF_DEFAULTS[kind], **config}
