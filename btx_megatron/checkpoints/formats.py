@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from btx_megatron.checkpoints.stream import NO_BOUND, Effort, PlannedTensor, Rep
 from btx_megatron.checkpoints.tracker import RELEASE, TRACKER, find_checkpoint, write_tracker
 from btx_megatron.durable import sync, write_durably
 from btx_megatron.errors import StageFailed, UserError
+from btx_megatron.manifest import MANIFEST_FILE
 
 Format = Literal["hf", "megatron", "megatron-legacy"]
 FORMATS: tuple[Format, ...] = ("hf", "megatron", "megatron-legacy")
@@ -103,18 +104,16 @@ def write_checkpoint(
     parallel: Parallel = ONE_RANK,
     common: Mapping[str, Any] | None = None,
     tokenizer_files: list[Path] | None = None,
-    extra_files: Mapping[str, str] | None = None,
     effort: Effort = NO_BOUND,
     progress: Reporter | None = None,
-    finish_manifest: Any = None,
+    manifest: Callable[[dict[str, dict[str, Any]]], str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Make the plan's weights and write them as a checkpoint in ``output``; returns their table.
 
     ``config`` may be None for ``to="megatron"`` alone, whose files say nothing of the model then.
-
-    Everything is written under a name beside ``output`` and renamed at the end: under its own name a
-    checkpoint is whole. Raises UserError if there is something in ``output`` or a source is damaged,
-    StageFailed if the disk is full.
+    ``manifest`` makes the text of ``manifest.json`` from the table. Everything is written under a name
+    beside ``output`` and renamed at the end: under its own name a checkpoint is whole. Raises UserError if
+    there is something in ``output`` or a source is damaged, StageFailed if the disk is full.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists; delete it, or name another --output")
@@ -126,10 +125,8 @@ def write_checkpoint(
         table = _write(
             partial, to, plan, config, parallel, common or {}, tokenizer_files or [], effort, progress
         )
-        for name, text in (extra_files or {}).items():
-            write_durably(partial / name, text)
-        if finish_manifest is not None:
-            write_durably(partial / "manifest.json", finish_manifest(table))
+        if manifest is not None:
+            write_durably(partial / MANIFEST_FILE, manifest(table))
         sync(partial)
         if output.exists():
             output.rmdir()

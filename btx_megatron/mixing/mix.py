@@ -231,5 +231,5 @@ def _write(
         tokenizer_files=opened.tokenizer_files,
         effort=output.effort,
         progress=output.progress,
-        finish_manifest=manifest if output.manifest else None,
+        manifest=manifest if output.manifest else None,
     )

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device
 
 CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn")
@@ -78,6 +79,9 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 def _redirect_tensor_factories() -> None:
     """Optimizer, schedules, clip_grads and the balancing-loss tracker say device="cuda" outright."""
+    # ``with torch.device(...)`` knows the factories by identity, from a list that it makes once: made after
+    # this, it would miss the real ones, and models built under such a context would be silently wrong.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

@@ -1,0 +1,35 @@
+"""The redirects change what Megatron asks of CUDA, and nothing else in the process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def run(program: str) -> str:
+    """Output of a program in a process of its own: the redirects last as long as their process."""
+    start = "import torch\nfrom btx_megatron.runtime import cpu_backend\ncpu_backend.install()\n"
+    command = [sys.executable, "-c", start + program]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
+
+def test_a_device_context_still_holds() -> None:
+    """transformers builds models under one: without it they would keep their initial weights."""
+    program = """
+with torch.device("meta"):
+    made = [torch.empty(2), torch.zeros(2), torch.ones(2), torch.full((2,), 1.0), torch.arange(2),
+            torch.rand(2), torch.randn(2), torch.tensor([1.0])]
+print({tensor.device.type for tensor in made})
+"""
+    assert run(program) == "{'meta'}"
+
+
+def test_a_request_for_cuda_is_met_on_the_cpu() -> None:
+    program = """
+made = [torch.empty(2, device="cuda"), torch.zeros(2, device="cuda:0"), torch.tensor([1.0], device="cuda"),
+        torch.arange(3, device=torch.cuda.current_device()), torch.ones(1).cuda()]
+print({tensor.device.type for tensor in made})
+"""
+    assert run(program) == "{'cpu'}"
