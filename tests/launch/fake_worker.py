@@ -79,10 +79,6 @@ def _work(behaviour: dict[str, Any]) -> int:
     return 1
 
 
-for task in worker._TASKS:
-    worker._TASKS[task] = behave
-
-
 def command_line(stage: Any, job_file: Path) -> list[str]:
     """A stage as one process, without torchrun."""
     return [sys.executable, __file__, str(job_file)]
@@ -99,4 +95,6 @@ if __name__ in ("__main__", "__mp_main__"):
     die_with_guardian()
 
 if __name__ == "__main__":
+    for task in worker._TASKS:
+        worker._TASKS[task] = behave
     sys.exit(worker.main())
