@@ -169,6 +169,7 @@ def train(
 
 @app.command()
 def mix(
+    context: typer.Context,
     recipe: Annotated[
         Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe, a YAML file.")
     ] = None,
@@ -229,15 +230,14 @@ def mix(
 
     With a RECIPE: that stage of the pipeline. With --expert and --output: checkpoints of any format.
     """
+    from btx_megatron.mixing import command
+
+    command.check_given(_given(context), recipe is not None, moe is not None)
     if recipe is not None:
-        if expert or output:
-            raise UserError("mix: give a RECIPE, or --expert and --output, not both")
         _run_alone(_load(recipe, overrides), ["mix", "average"])
         return
     if output is None or not (expert or moe):
         raise UserError("mix: give a RECIPE, or --expert NAME=PATH (once for each) and --output PATH")
-    from btx_megatron.checkpoints.formats import Parallel
-    from btx_megatron.mixing import command
 
     effort = command.effort(workers, max_memory)
     options = command.mix_options(
@@ -254,14 +254,12 @@ def mix(
         router_pre_softmax=router_pre_softmax,
         random_seed=random_seed,
     )
-    parallel = Parallel(
+    parallel = command.parallel(
         target_tensor_model_parallel_size,
         target_pipeline_model_parallel_size,
         target_expert_model_parallel_size,
     )
     if moe is not None:
-        if expert:
-            raise UserError("mix: give --moe, or --expert, not both")
         added = command.named_paths("--add-expert", add_expert or [])
         command.run_grow(moe, added, drop_expert, output, to, parallel, share, options, effort)
         return
@@ -285,10 +283,9 @@ def convert(
     ] = None,
 ) -> None:
     """Write a checkpoint, dense or MoE, in another format, bit for bit."""
-    from btx_megatron.checkpoints.formats import Parallel
     from btx_megatron.mixing import command
 
-    parallel = Parallel(
+    parallel = command.parallel(
         target_tensor_model_parallel_size,
         target_pipeline_model_parallel_size,
         target_expert_model_parallel_size,
@@ -315,6 +312,13 @@ def dense(recipe: RecipePath, overrides: Overrides = None) -> None:
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Measure the held-out loss of every model."""
     _run_alone(_load(recipe, overrides), ["evaluate"])
+
+
+def _given(context: typer.Context) -> set[str]:
+    """Options and arguments that the command line names, others have their default; ``--lambda`` as that."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    named = [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
+    return {"lambda" if name == "share" else name for name in named}
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> Recipe:

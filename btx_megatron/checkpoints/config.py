@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -92,33 +93,40 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
             raise UserError(f"{where}: {key} is true; models with biases are not supported")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{where}: hidden_act '{config['hidden_act']}' is not supported; silu is")
-    window = config["sliding_window"]
-    if window is not None and window < config["max_position_embeddings"]:
+    if config["sliding_window"] is not None and (
+        _get(config, "sliding_window", where) < _get(config, "max_position_embeddings", where)
+    ):
         raise UserError(
-            f"{where}: sliding_window is {window}, less than max_position_embeddings; attention through a "
-            "window is not supported"
+            f"{where}: sliding_window is {config['sliding_window']}, less than max_position_embeddings; "
+            "attention through a window is not supported"
         )
-    rope = dict(config.get("rope_parameters") or {})
-    scaling = config.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
-    if scaling and scaling.get("rope_type", scaling.get("type", "default")) == "default":
-        scaling = None
+    rope = _object(config, "rope_parameters", where)
+    scaling = _object(config, "rope_scaling", where) or {k: v for k, v in rope.items() if k != "rope_theta"}
+    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
+        scaling = {}
     heads = _get(config, "num_attention_heads", where)
+    groups = _get({"num_key_value_heads": heads} | _said(config), "num_key_value_heads", where)
+    if heads % groups:
+        raise UserError(
+            f"{where}: num_key_value_heads is {groups}; it must divide num_attention_heads {heads}"
+        )
     hidden = _get(config, "hidden_size", where)
+    theta = {"rope_theta": _HF_ROPE_THETA[kind]} | _said(rope) | _said(config)
     return ModelConfig(
         num_layers=_get(config, "num_hidden_layers", where),
         hidden_size=hidden,
         ffn_hidden_size=_get(config, "intermediate_size", where),
         num_attention_heads=heads,
-        num_query_groups=config.get("num_key_value_heads") or heads,
-        kv_channels=config.get("head_dim") or hidden // heads,
+        num_query_groups=groups,
+        kv_channels=_get({"head_dim": max(1, hidden // heads)} | _said(config), "head_dim", where),
         seq_length=_get(config, "max_position_embeddings", where),
-        rotary_base=float(config.get("rope_theta") or rope.get("rope_theta") or _HF_ROPE_THETA[kind]),
-        norm_epsilon=float(config["rms_norm_eps"]),
+        rotary_base=_positive(theta, "rope_theta", where),
+        norm_epsilon=_positive(config, "rms_norm_eps", where),
         tied=bool(config.get("tie_word_embeddings", False)),
         vocab_size=_get(config, "vocab_size", where),
         rope_scaling=tuple(sorted(scaling.items())) if scaling else None,
         num_experts=_get(config, "num_local_experts", where) if kind == "mixtral" else None,
-        moe_router_topk=config.get("num_experts_per_tok", 2),
+        moe_router_topk=_get({"num_experts_per_tok": 2} | _said(config), "num_experts_per_tok", where),
         bos_token_id=config.get("bos_token_id"),
         eos_token_id=config.get("eos_token_id"),
     )
@@ -126,9 +134,28 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
 
 def _get(config: Mapping[str, Any], key: str, where: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"{where}: {key} is {value}; it must be a number above 0")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{where}: {key} is {value}; it must be a whole number above 0")
     return value
+
+
+def _positive(config: Mapping[str, Any], key: str, where: str) -> float:
+    value = config.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"{where}: {key} is {value}; it must be a number above 0")
+    return float(value)
+
+
+def _object(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {key} is {value}; it must be an object of names and values")
+    return value
+
+
+def _said(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the keys that say nothing: null stands for the default, too."""
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def to_hf(config: ModelConfig, vocab_size: int, dtype: str) -> dict[str, Any]:

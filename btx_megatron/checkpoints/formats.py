@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,8 @@ from btx_megatron.manifest import MANIFEST_FILE
 
 Format = Literal["hf", "megatron", "megatron-legacy"]
 FORMATS: tuple[Format, ...] = ("hf", "megatron", "megatron-legacy")
+
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -115,32 +119,90 @@ def write_checkpoint(
     beside ``output`` and renamed at the end: under its own name a checkpoint is whole. Raises UserError if
     there is something in ``output`` or a source is damaged, StageFailed if the disk is full.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: exists; delete it, or name another --output")
-    partial = output.with_name(f".{output.name}.partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # left by one that was killed
-        partial.mkdir()
-        table = _write(
-            partial, to, plan, config, parallel, common or {}, tokenizer_files or [], effort, progress
-        )
-        if manifest is not None:
-            write_durably(partial / MANIFEST_FILE, manifest(table))
-        sync(partial)
-        if output.exists():
-            output.rmdir()
-        os.rename(partial, output)
-        sync(output.parent)
+        with _published(output) as partial:
+            table = _write(
+                partial, to, plan, config, parallel, common or {}, tokenizer_files or [], effort, progress
+            )
+            if manifest is not None:
+                write_durably(partial / MANIFEST_FILE, manifest(table))
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise StageFailed(
             f"{output}: {error.strerror}; nothing is left of it: mend that, and run it again"
         ) from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return table
+
+
+def partial_of(output: Path) -> Path:
+    """The folder in which ``output`` is made: beside it, for a rename from there is one step."""
+    output = output.resolve()  # "." has no name, and a link may lead to another file system
+    return output.with_name(f".{output.name}.partial")
+
+
+@contextlib.contextmanager
+def _published(output: Path) -> Iterator[Path]:
+    """A folder to fill, ours alone; renamed to ``output`` at the end, or deleted if that is not reached."""
+    _check_free(output)
+    partial = partial_of(output)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{output}: lies in a file, not in a folder; name another --output") from None
+    lock = _locked(partial, output)
+    try:
+        _check_free(output)  # another may have written it before we had the lock
+        _clear(partial)  # what one left that was killed
+        yield partial
+        sync(partial)
+        os.rename(partial, output.resolve())  # takes the place of an empty folder
+        (output / _LOCK).unlink()
+        sync(output)
+        sync(partial.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):  # a folder that is in place by now, or another's
+            _clear(partial)
+            (partial / _LOCK).unlink()  # last: as long as it is there nobody else is here
+            partial.rmdir()
+        raise
+    finally:
+        os.close(lock)
+
+
+def _check_free(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: exists; delete it, or name another --output")
+    if output.resolve() == Path.cwd():
+        raise UserError(f"{output}: the folder that you are in cannot be replaced; name another --output")
+
+
+def _locked(partial: Path, output: Path) -> int:
+    """Make the folder and lock a file in it, until that is closed or the process ends, however it ends."""
+    while True:
+        partial.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another has just finished or given up: with it went its folder
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(f"{output}: another btx is writing it; wait for it, or name another") from None
+        except OSError:
+            pass  # a file system without locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(partial / _LOCK), os.fstat(descriptor)):
+                return descriptor
+        os.close(descriptor)
+
+
+def _clear(partial: Path) -> None:
+    """Delete all but the lock."""
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
 
 
 def _write(

@@ -19,7 +19,18 @@ import torch
 
 from btx_megatron.checkpoints.config import ModelConfig, from_hf, to_hf
 from btx_megatron.checkpoints.names import DENSE, DENSE_TO_MOE, LAYERS, ROUTER
-from btx_megatron.checkpoints.pieces import Files, Index, Piece, TensorInfo, dtype_name, indices_of, part_info
+from btx_megatron.checkpoints.pieces import (
+    Files,
+    Index,
+    Piece,
+    TensorInfo,
+    bytes_of,
+    dtype_name,
+    indices_of,
+    part_info,
+    read_rows,
+)
+from btx_megatron.checkpoints.safetensors_files import CODES, Stored, read_header, read_json, shard_names
 from btx_megatron.durable import sync, write_durably
 from btx_megatron.errors import UserError
 
@@ -29,10 +40,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_LONGEST_HEADER = 100_000_000  # the format's own limit
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 # ours -> theirs, where one tensor is one tensor; {} is the layer
@@ -59,6 +66,8 @@ _GATED = {
         "model.layers.{}.block_sparse_moe.experts.{}.w3.weight",
     ),
 }
+_THEIR_EMBEDDING, _THEIR_OUTPUT = _SAME[_EMBEDDING], _SAME[_OUTPUT]
+_TIED_ROWS = 64  # compared where a tied model stores its head, too
 _QKV = LAYERS + "self_attention.linear_qkv.weight"
 _QKV_PARTS = tuple(f"model.layers.{{}}.self_attn.{letter}_proj.weight" for letter in "qkv")
 
@@ -114,14 +123,6 @@ def our_tensors(config: ModelConfig, vocabulary: int, dtype: torch.dtype) -> dic
 # reading
 
 
-@dataclass(frozen=True)
-class _Stored:
-    file: str
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
 class HuggingFaceCheckpoint:
     """The weights of a folder with ``config.json`` and safetensors files.
 
@@ -131,35 +132,66 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.folder = Path(path)
-        raw = _read_json(self.folder / CONFIG)
+        raw = read_json(self.folder / CONFIG)
         self.config = from_hf(raw, str(self.folder / CONFIG))
         self.files = Files(self.folder)
         self._stored = self._read_headers()
+        self._check_config()
         self._check_tied()
         first = self._stored.get("model.norm.weight") or next(iter(self._stored.values()))
-        self.tensors = our_tensors(self.config, self._vocabulary(), first.dtype)
+        vocabulary = self._stored[_THEIR_EMBEDDING].shape[0]
+        self.tensors = our_tensors(self.config, vocabulary, first.dtype)
         self._account()
 
-    def _read_headers(self) -> dict[str, _Stored]:
-        if (self.folder / INDEX).exists():
-            names = sorted(set(_read_json(self.folder / INDEX)["weight_map"].values()))
-        else:
-            names = [WEIGHTS]
-        stored: dict[str, _Stored] = {}
+    def _read_headers(self) -> dict[str, Stored]:
+        index = self.folder / INDEX
+        names = shard_names(index) if index.exists() else [WEIGHTS]
+        stored: dict[str, Stored] = {}
         for name in names:
-            stored |= _read_header(self.folder, Path(name).name)
+            stored |= read_header(self.folder, Path(name).name)
         return {key: value for key, value in stored.items() if not key.endswith("rotary_emb.inv_freq")}
+
+    def _check_config(self) -> None:
+        """Vocabulary and depth are those of the files, before anything is done as often as they say."""
+        embedding, said = self._stored.get(_THEIR_EMBEDDING), self.config
+        if embedding is None:
+            raise UserError(f"{self.folder}: {_THEIR_EMBEDDING} is missing; restore the files")
+        if embedding.shape[:1] != (said.vocab_size,):
+            raise UserError(
+                f"{self.folder / CONFIG}: vocab_size is {said.vocab_size}, {_THEIR_EMBEDDING} is "
+                f"{list(embedding.shape)}; correct it"
+            )
+        if said.num_layers * (said.num_experts or 1) > len(self._stored):
+            raise UserError(
+                f"{self.folder / CONFIG}: num_hidden_layers is {said.num_layers}, of which "
+                f"{len(self._stored)} tensors are not enough; correct it"
+            )
 
     def _check_tied(self) -> None:
         """Some writers store the head of a tied model, too: then it must be the embedding."""
-        if self.config.tied:
-            self._stored.pop("lm_head.weight", None)
+        head = self._stored.get(_THEIR_OUTPUT)
+        if not self.config.tied or head is None:
+            return
+        if not self._same_rows(head, self._stored[_THEIR_EMBEDDING]):
+            raise UserError(
+                f"{self.folder}: {_THEIR_OUTPUT} is not the embedding, and {CONFIG} says that they are tied; "
+                "correct tie_word_embeddings"
+            )
+        del self._stored[_THEIR_OUTPUT]
 
-    def _vocabulary(self) -> int:
-        embedding = self._stored.get("model.embed_tokens.weight")
-        if embedding is None:
-            raise UserError(f"{self.folder}: model.embed_tokens.weight is missing; restore the files")
-        return embedding.shape[0]
+    def _same_rows(self, one: Stored, other: Stored) -> bool:
+        """Compare two matrices; where they have many rows, about ``_TIED_ROWS`` of them."""
+        if (one.shape, one.dtype) != (other.shape, other.dtype) or len(one.shape) != 2:
+            return False
+        (rows, cols), info = one.shape, TensorInfo(one.shape, one.dtype)
+
+        def row_of(place: Stored, row: int) -> memoryview:
+            piece = Piece(place.file, place.offset, rows, cols)
+            return bytes_of(read_rows(self.files, [piece], info, row, row + 1))
+
+        return all(
+            row_of(one, row) == row_of(other, row) for row in range(0, rows, max(1, rows // _TIED_ROWS))
+        )
 
     def _account(self) -> None:
         """Every tensor of theirs is used once, whole, and is what the configuration says."""
@@ -171,7 +203,8 @@ class HuggingFaceCheckpoint:
                     found = self._stored.get(segment.tensor)
                     if found is None:
                         raise UserError(f"{self.folder}: {segment.tensor} is missing; restore the files")
-                    if found.dtype != info.dtype or found.shape[1:] != part.shape[1:]:
+                    dims = len(found.shape)
+                    if (found.dtype, dims, found.shape[1:]) != (info.dtype, len(part.shape), part.shape[1:]):
                         raise UserError(
                             f"{self.folder}: {segment.tensor} is {_shown(found.shape, found.dtype)}; the "
                             f"model needs rows of {_shown(part.shape[1:], info.dtype)}"
@@ -211,48 +244,6 @@ def _piece(file: str, offset: int, segment: Segment, cols: int, dtype: torch.dty
 
 def _shown(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{list(shape)} {dtype_name(dtype)}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); restore it") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object; restore it")
-    return content
-
-
-def _read_header(folder: Path, name: str) -> dict[str, _Stored]:
-    """The tensors of one safetensors file: 8 bytes of length, a JSON header, the values."""
-    path = folder / name
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size - 8, _LONGEST_HEADER):
-                raise ValueError("its header is longer than it is")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        return {key: _entry(name, 8 + length, size, entry) for key, entry in header.items()}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise UserError(f"{path}: not a safetensors file ({error}); restore it") from None
-
-
-def _entry(file: str, begin: int, size: int, entry: dict[str, Any]) -> _Stored:
-    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"values of type {entry['dtype']} are not supported")
-    dtype = _DTYPES[entry["dtype"]]
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop)):
-        raise ValueError("a size is negative")
-    if stop - start != torch.Size(shape).numel() * dtype.itemsize or begin + stop > size:
-        raise ValueError("it is cut short, or its header lies")
-    return _Stored(file, begin + start, shape, dtype)
 
 
 # writing
@@ -298,7 +289,7 @@ class HuggingFaceLayout:
         end = 0
         for name, shape in shapes.items():
             start, end = end, end + torch.Size(shape).numel() * self.dtype.itemsize
-            header[name] = {"dtype": _CODES[self.dtype], "shape": list(shape), "data_offsets": [start, end]}
+            header[name] = {"dtype": CODES[self.dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         begin = 8 + len(text)

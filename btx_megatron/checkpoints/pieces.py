@@ -129,12 +129,14 @@ class Files:
         self._lock = threading.Lock()
 
     def descriptor(self, file: str) -> int:
-        """The file, open. Raises UserError if it is missing."""
+        """The file, open. Raises UserError if one to read is missing, OSError if one cannot be written."""
         with self._lock:
             if file not in self._open:
                 try:
                     self._open[file] = os.open(self.folder / file, self._flags, 0o666)
                 except OSError as error:
+                    if self._flags != os.O_RDONLY:  # the disk's fault, not the user's
+                        raise
                     raise UserError(
                         f"{self.folder / file}: cannot be opened ({error.strerror}); restore it"
                     ) from None

@@ -63,6 +63,15 @@ class PlannedTensor:
     """The rule needs all rows of a part at once."""
 
 
+class NotFinite(UserError):
+    """A part of the result holds NaN or infinite values."""
+
+    def __init__(self, name: str, index: Index, inputs: Iterable[str]) -> None:
+        made_from = ", ".join(inputs) or "nothing"
+        super().__init__(f"{name} {list(index)}: NaN or infinite values; it is made from {made_from}")
+        self.name, self.index = name, index
+
+
 class Reporter(Protocol):
     """Told how far the work is (``runtime.progress.Progress``)."""
 
@@ -208,17 +217,10 @@ def _make_part(tensor: PlannedTensor, index: Index, target: Target, block_bytes:
     for start in range(0, rows, step):
         block = make(start, min(rows, start + step)).to(info.dtype).contiguous()
         if not is_finite(block):
-            raise UserError(
-                f"{tensor.name} {list(index)}: NaN or infinite values come from {_culprits(tensor)}; "
-                "leave that source out, or train it again"
-            )
+            raise NotFinite(tensor.name, index, tensor.inputs)
         write_rows(target.files, pieces, start, block)
         digest.update(block)
     return digest.digest()
-
-
-def _culprits(tensor: PlannedTensor) -> str:
-    return "one of " + ", ".join(tensor.inputs) if len(tensor.inputs) > 1 else "".join(tensor.inputs)
 
 
 def rows_of(source: Source, name: str, index: Index) -> Rows:

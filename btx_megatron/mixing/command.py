@@ -28,6 +28,8 @@ def named_paths(option: str, values: list[str]) -> dict[str, Path]:
         name, equals, path = value.partition("=")
         if not (name and equals and path):
             raise UserError(f"{option} {value}: write it as NAME=PATH")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"{option} {value}: a name has letters, digits, '_', '-' and '.' only")
         if name in paths:
             raise UserError(f"{option} {value}: the name {name} is given twice; names must differ")
         paths[name] = Path(path)
@@ -39,6 +41,8 @@ def named_numbers(option: str, values: list[str]) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for value in values:
         name, _, number = value.partition("=")
+        if name in numbers:
+            raise UserError(f"{option} {value}: the name {name} is given twice")
         try:
             numbers[name] = float(number)
         except ValueError:
@@ -50,6 +54,8 @@ def mix_options(**values: Any) -> MixOptions:
     """The options, their words checked."""
     for key, known in (("average", Average), ("experts", Kind), ("router_init", RouterInit)):
         _check_word(f"--{key.replace('_', '-')}", values[key], get_args(known))
+    if not 0 <= values["random_seed"] < 1 << 32:
+        raise UserError(f"--random-seed {values['random_seed']}: must be from 0 to {(1 << 32) - 1}")
     return MixOptions(**values)
 
 
@@ -63,6 +69,35 @@ def effort(workers: int, max_memory: str | None) -> Effort:
     if match is None or int(match[1]) == 0:
         raise UserError(f"--max-memory {max_memory}: write it as 500M or 2G")
     return Effort(workers, int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]])
+
+
+def parallel(tensor: int, pipeline: int, expert: int) -> Parallel:
+    """The ``--target-...-model-parallel-size`` options. Raises UserError for one that is no size."""
+    for name, size in (("tensor", tensor), ("pipeline", pipeline), ("expert", expert)):
+        if size < 1:
+            raise UserError(f"--target-{name}-model-parallel-size {size}: must be at least 1")
+    return Parallel(tensor, pipeline, expert)
+
+
+def check_given(given: set[str], recipe: bool, moe: bool) -> None:
+    """Raise UserError for an option that would change nothing. ``given``: those of the command line."""
+    if recipe:
+        _refuse(given - {"recipe", "overrides"}, "goes with --expert or --moe, not with a RECIPE")
+    elif moe:
+        _refuse(given & _NOT_FOR_GROWING, "has no effect with --moe; leave it out")
+    else:
+        _refuse(given & {"add_expert", "drop_expert", "lambda"}, "needs --moe")
+
+
+_NOT_FOR_GROWING = {
+    "average", "base", "chunks", "copies", "density", "drop_ratio", "dry_run", "expert", "experts",
+    "router_init", "router_pre_softmax", "router_topk", "weight",
+}  # fmt: skip
+
+
+def _refuse(options: set[str], why: str) -> None:
+    if options:
+        raise UserError(f"--{min(options).replace('_', '-')} {why}")
 
 
 def _check_word(option: str, word: str, known: tuple[str, ...]) -> None:

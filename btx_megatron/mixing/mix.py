@@ -17,10 +17,22 @@ from btx_megatron.checkpoints.formats import (
     config_of,
     format_of,
     open_checkpoint,
+    partial_of,
     write_checkpoint,
 )
-from btx_megatron.checkpoints.pieces import Source
-from btx_megatron.checkpoints.stream import NO_BOUND, Effort, PlannedTensor, Reporter, Watched, copy_plan
+from btx_megatron.checkpoints.names import DENSE_TO_MOE
+from btx_megatron.checkpoints.pieces import Source, indices_of, read_part
+from btx_megatron.checkpoints.stream import (
+    NO_BOUND,
+    Effort,
+    NotFinite,
+    PlannedTensor,
+    Reporter,
+    Watched,
+    copy_plan,
+    is_finite,
+)
+from btx_megatron.checkpoints.tracker import TRACKER
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import make_manifest, manifest_text, read_manifest
 from btx_megatron.mixing.experts import expert_width
@@ -207,8 +219,8 @@ def _write(
         raise UserError(
             f"{first.folder}: says nothing of its model (no args, no recipe), which --to {to} needs"
         )
+    _check_apart(output.path, opened)
     recipe = {"recipe": dict(output.recipe)} if output.recipe else {}
-
     started = time.perf_counter()
 
     def manifest(table: dict[str, Any]) -> str:
@@ -221,15 +233,51 @@ def _write(
         seconds = time.perf_counter() - started
         return manifest_text(make_manifest(stage, settings, inputs, {"tensors": table}, None, seconds))
 
-    return write_checkpoint(
-        output.path,
-        to,
-        plan,
-        config,
-        parallel=output.parallel,
-        common={**recipe, **common},
-        tokenizer_files=opened.tokenizer_files,
-        effort=output.effort,
-        progress=output.progress,
-        manifest=manifest if output.manifest else None,
+    try:
+        return write_checkpoint(
+            output.path,
+            to,
+            plan,
+            config,
+            parallel=output.parallel,
+            common={**recipe, **common},
+            tokenizer_files=opened.tokenizer_files,
+            effort=output.effort,
+            progress=output.progress,
+            manifest=manifest if output.manifest else None,
+        )
+    except NotFinite as error:
+        raise _blamed(error, opened) from None
+
+
+def _check_apart(output: Path, opened: Opened) -> None:
+    """Raise UserError where the output would lie in a source, or take the place of one."""
+    for target in (output.resolve(), partial_of(output).resolve()):
+        for source in opened.all.values():
+            tracked = (source.folder.parent / TRACKER).exists()
+            folder = (source.folder.parent if tracked else source.folder).resolve()
+            if target.is_relative_to(folder) or folder.is_relative_to(target):
+                raise UserError(
+                    f"{output}: lies in a source, or around one ({folder}); name another --output"
+                )
+
+
+def _blamed(error: NotFinite, opened: Opened) -> UserError:
+    """The error with the source that the values come from; searched for only now, for it takes a reading."""
+    names = [error.name, *(dense for dense, moe in DENSE_TO_MOE.items() if moe == error.name)]
+    for who, source in opened.all.items():
+        for name in set(names) & set(source.tensors):
+            for index in indices_of(name, source.tensors[name]):
+                if index[:1] == error.index[:1] and not is_finite(read_part(source.source, name, index)):
+                    return UserError(
+                        f"{error.name} {list(error.index)}: NaN or infinite values come from "
+                        f"{_called(who, opened)} ({source.folder}); leave it out, or train it again"
+                    )
+    return UserError(
+        f"{error.name} {list(error.index)}: the sources' values are finite, what the rule makes of them is "
+        "not: too large for the type; choose another rule, or store the sources in a wider type"
     )
+
+
+def _called(who: str, opened: Opened) -> str:
+    return f"expert {who}" if who in opened.sources and len(opened.sources) > 1 else who.strip("()")

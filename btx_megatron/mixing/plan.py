@@ -6,7 +6,8 @@ mix by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from btx_megatron.checkpoints.names import DENSE, DENSE_TO_MOE, MAY_BE_ABSENT, ROUTER
 from btx_megatron.checkpoints.pieces import Index, Source, TensorInfo, dtype_name
-from btx_megatron.checkpoints.stream import PlannedTensor, Rows, rows_of
+from btx_megatron.checkpoints.stream import NotFinite, PlannedTensor, Rows, is_finite, rows_of
 from btx_megatron.errors import UserError
 from btx_megatron.mixing import experts
 from btx_megatron.mixing.average import dare, mean, ties, weighted_mean
@@ -97,8 +98,8 @@ def _check(sources: Mapping[str, Source], options: MixOptions, base: Source | No
             "--router-init zero with top-k: all logits are equal, so every token would take the same "
             f"{options.router_topk} experts; use normal, or route to all {count}"
         )
-    if not options.router_std > 0:
-        raise UserError(f"--router-std {options.router_std}: must be above 0")
+    if not 0 < options.router_std < math.inf:
+        raise UserError(f"--router-std {options.router_std}: must be above 0 and finite")
     _check_average(sources, options, base)
 
 
@@ -112,7 +113,7 @@ def _check_average(sources: Mapping[str, Source], options: MixOptions, base: Sou
     for name, weight in options.weights.items():
         if name not in sources:
             raise UserError(f"--weight {name}={weight}: no such expert; there are {', '.join(sources)}")
-        if not (weight >= 0 and weight != float("inf")):
+        if not 0 <= weight < math.inf:
             raise UserError(f"--weight {name}={weight}: a weight is a number that is not negative")
     if not any(options.weights.get(name, 1.0) for name in sources):
         raise UserError("--weight: all weights are 0; at least one must be positive")
@@ -149,7 +150,9 @@ def _average(
         def merged(start: int, stop: int) -> Tensor:
             tensors = (rows(start, stop) for rows in inputs)
             if kind == "ties":
-                return ties(tensors, of_base(start, stop), weights, options.density)
+                seen = (_finite(tensor, name, index, sources) for tensor in tensors)
+                whole_base = _finite(of_base(start, stop), name, index, ("base",))
+                return ties(seen, whole_base, weights, options.density)
             generator = _generator(options.random_seed, "dare", source_name, index)
             return dare(tensors, of_base(start, stop), weights, options.density, generator)
 
@@ -159,6 +162,13 @@ def _average(
         kind, tuple(sources)
     )
     return PlannedTensor(name, info, kind, inputs, make, whole=kind in ("ties", "dare"))
+
+
+def _finite(tensor: Tensor, name: str, index: Index, inputs: Iterable[str]) -> Tensor:
+    """The tensor. TIES would not pass NaN on: it has no sign, and so no vote. Raises NotFinite."""
+    if not is_finite(tensor):
+        raise NotFinite(name, index, inputs)
+    return tensor
 
 
 # the feed-forwards: experts
