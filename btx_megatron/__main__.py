@@ -1,8 +1,6 @@
 """``python -m btx_megatron`` is ``btx``."""
 
-import sys
-
-from btx_megatron.cli import main
+from btx_megatron.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

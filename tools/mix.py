@@ -3,8 +3,8 @@
 
 import sys
 
-from btx_megatron.cli import main
+from btx_megatron.cli import entry
 
 if __name__ == "__main__":
     sys.argv.insert(1, "mix")
-    sys.exit(main())
+    entry()

@@ -15,7 +15,16 @@ from btx_megatron.mixing.dry_run import dry_run_text
 from btx_megatron.mixing.experts import Kind
 from btx_megatron.mixing.flags import megatron_flags
 from btx_megatron.mixing.grow import count_experts
-from btx_megatron.mixing.mix import Output, convert, drop, grow, mix, open_sources
+from btx_megatron.mixing.mix import (
+    Output,
+    RouterText,
+    check_router_text,
+    convert,
+    drop,
+    grow,
+    mix,
+    open_sources,
+)
 from btx_megatron.mixing.plan import Average, MixOptions, RouterInit
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -48,6 +57,13 @@ def named_numbers(option: str, values: list[str]) -> dict[str, float]:
         except ValueError:
             raise UserError(f"{option} {value}: write it as NAME=NUMBER") from None
     return numbers
+
+
+def router_text(texts: list[str], tokenizer: Path | None) -> RouterText | None:
+    """``--router-text`` and ``--tokenizer-model``. Raises UserError for the latter alone."""
+    if not texts and tokenizer is not None:
+        raise UserError("--tokenizer-model is for --router-text; leave it out")
+    return RouterText(named_paths("--router-text", texts), tokenizer) if texts else None
 
 
 def mix_options(**values: Any) -> MixOptions:
@@ -91,7 +107,7 @@ def check_given(given: set[str], recipe: bool, moe: bool) -> None:
 
 _NOT_FOR_GROWING = {
     "average", "base", "chunks", "copies", "density", "drop_ratio", "dry_run", "expert", "experts",
-    "router_init", "router_pre_softmax", "router_topk", "weight",
+    "router_init", "router_pre_softmax", "router_text", "router_topk", "tokenizer_model", "weight",
 }  # fmt: skip
 
 
@@ -120,16 +136,18 @@ def run_mix(
     options: MixOptions,
     effort: Effort,
     dry_run: bool,
+    text: RouterText | None,
 ) -> None:
     """Mix, and print where the result is and how Megatron-LM loads it."""
     kind = _format(to) or format_of(next(iter(sources.values())))
     if dry_run:
+        check_router_text(sources, options, text)
         print(dry_run_text(open_sources(sources, base), options, effort))
         return
     started = time.perf_counter()
     progress = _TerminalProgress() if sys.stderr.isatty() else None
     target = Output(output, kind, parallel, effort, manifest=True, progress=progress)
-    table = mix(sources, target, options, base)
+    table = mix(sources, target, options, base, text)
     print(f"{output}: {len(table)} tensors in {time.perf_counter() - started:.1f} s, {kind}")
     _print_flags(output, kind, parallel)
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from btx_megatron.checkpoints.config import ModelConfig
 from btx_megatron.checkpoints.formats import (
     ONE_RANK,
@@ -37,7 +39,7 @@ from btx_megatron.errors import UserError
 from btx_megatron.manifest import make_manifest, manifest_text, read_manifest
 from btx_megatron.mixing.experts import expert_width
 from btx_megatron.mixing.grow import check_fingerprints, count_experts, plan_drop, plan_grow, remix_sources
-from btx_megatron.mixing.plan import MixOptions, num_experts, plan_average, plan_mix
+from btx_megatron.mixing.plan import FROM_TEXT, MixOptions, num_experts, plan_average, plan_mix
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,22 @@ class Opened:
         return {**self.sources, **({"(base)": self.base} if self.base is not None else {})}
 
 
+@dataclass(frozen=True)
+class RouterText:
+    """What a router of ``MixOptions.router_init`` centroid or ridge is made from."""
+
+    texts: Mapping[str, Path]
+    """A text file of each expert."""
+    tokenizer: Path | None = None
+    """``tokenizer.json`` or a SentencePiece model; None: the one beside the first expert."""
+
+
 def mix(
-    sources: Mapping[str, Path], output: Output, options: MixOptions, base: Path | None = None
+    sources: Mapping[str, Path],
+    output: Output,
+    options: MixOptions,
+    base: Path | None = None,
+    router_text: RouterText | None = None,
 ) -> dict[str, Any]:
     """Mix dense checkpoints into a MoE checkpoint; returns its tensors' table.
 
@@ -81,14 +97,59 @@ def mix(
     or hold values that are not finite; then there is no output.
     """
     opened = open_sources(sources, base)
-    plan = plan_mix(opened.sources, options, opened.base)
+    rows = _router_rows(sources, base, options, router_text)
+    plan = plan_mix(opened.sources, options, opened.base, rows)
     config = opened.config
     if config is not None:
         width = expert_width(options.experts, len(sources), config.ffn_hidden_size, options.chunks)
         count = num_experts(len(sources), options)
         config = config.as_moe(count, width, options.router_topk, options.router_pre_softmax)
     common = {"mixed_from": list(sources), "moe_router_topk": options.router_topk}
-    return _write("mix", opened, plan, config, output, options, common)
+    return _write("mix", opened, plan, config, output, options, common, router_text)
+
+
+def _router_rows(
+    sources: Mapping[str, Path], base: Path | None, options: MixOptions, text: RouterText | None
+) -> Tensor | None:
+    """[layers, sources, hidden] of a router that is made from text; None for the others."""
+    check_router_text(sources, options, text)
+    if text is None:
+        return None
+    from btx_megatron.evaluation.alone import need_megatron
+    from btx_megatron.evaluation.text import tokenizer_file
+
+    need_megatron(f"--router-init {options.router_init}")
+    opened = open_sources(sources, base)  # anew: what the mix reads is watched from its start
+    plan_mix(opened.sources, options, opened.base)  # all that is wrong with the options, before the work
+    first = next(iter(opened.sources.values()))
+    if opened.config is None:
+        raise UserError(f"{first.folder}: says nothing of its model, which --router-init needs")
+    from btx_megatron.mixing.router_features import rows_from_text
+
+    tokenizer = tokenizer_file(first.folder, text.tokenizer, "--tokenizer-model")
+    texts = {name: text.texts[name] for name in sources}
+    plan = plan_average(opened.sources, options, opened.base)
+    return rows_from_text(options.router_init, plan, opened.config, texts, tokenizer)
+
+
+def check_router_text(sources: Mapping[str, Path], options: MixOptions, text: RouterText | None) -> None:
+    """Raise UserError unless every expert has a text where the router needs one, and none has elsewhere."""
+    if options.router_init not in FROM_TEXT:
+        if text is not None:
+            raise UserError(
+                f"--router-text has no effect with --router-init {options.router_init}; leave it out"
+            )
+        return
+    missing = [name for name in sources if text is None or name not in text.texts]
+    if missing:
+        raise UserError(
+            f"--router-init {options.router_init} needs a text of every expert; "
+            f"give --router-text {missing[0]}=FILE"
+        )
+    assert text is not None
+    unknown = [name for name in text.texts if name not in sources]
+    if unknown:
+        raise UserError(f"--router-text {unknown[0]}: no such expert; there are {', '.join(sources)}")
 
 
 def average(
@@ -123,6 +184,11 @@ def grow(
         check_fingerprints({key: Watched(open_checkpoint(path)) for key, path in sources.items()}, manifest)
         base = manifest.recipe["sources"].get("(base)")
         again = MixOptions(**manifest.recipe["options"])
+        if again.router_init in FROM_TEXT:
+            raise UserError(
+                f"--moe {moe}: its router was made from the experts' text, so it cannot be mixed again with "
+                "one more; mix all with --expert and --router-text, or give --lambda to keep its weights"
+            )
         return mix({**sources, name: new}, output, again, Path(base) if base else None)
     opened = open_sources({"mixture": moe, name: new}, None)
     mixture = opened.sources["mixture"]
@@ -212,6 +278,7 @@ def _write(
     output: Output,
     options: MixOptions | None,
     common: Mapping[str, Any],
+    text: RouterText | None = None,
 ) -> dict[str, Any]:
     first = next(iter(opened.sources.values()))
     to = output.to or format_of(first.folder)
@@ -229,6 +296,8 @@ def _write(
             "options": asdict(options) if options is not None else None,
             "sources": {name: str(source.folder) for name, source in opened.all.items()},
         }
+        if text is not None:
+            settings["router_text"] = {name: _file_facts(path) for name, path in text.texts.items()}
         inputs = {name: source.fingerprint() for name, source in opened.all.items()}
         seconds = time.perf_counter() - started
         return manifest_text(make_manifest(stage, settings, inputs, {"tensors": table}, None, seconds))
@@ -248,6 +317,10 @@ def _write(
         )
     except NotFinite as error:
         raise _blamed(error, opened) from None
+
+
+def _file_facts(path: Path) -> dict[str, str]:
+    return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def _check_apart(output: Path, opened: Opened) -> None:

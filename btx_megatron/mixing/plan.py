@@ -24,7 +24,9 @@ from btx_megatron.mixing.average import dare, mean, ties, weighted_mean
 from btx_megatron.mixing.router_init import normal_router, repeat_rows, zero_router
 
 Average = Literal["mean", "weighted", "base", "ties", "dare"]
-RouterInit = Literal["normal", "zero"]
+RouterInit = Literal["normal", "zero", "centroid", "ridge"]
+FROM_TEXT = ("centroid", "ridge")
+"""Routers that are made from the experts' text."""
 
 _FC1 = "decoder.layers.mlp.linear_fc1.weight"
 _FC2 = "decoder.layers.mlp.linear_fc2.weight"
@@ -54,10 +56,14 @@ class MixOptions:
 
 
 def plan_mix(
-    sources: Mapping[str, Source], options: MixOptions, base: Source | None = None
+    sources: Mapping[str, Source],
+    options: MixOptions,
+    base: Source | None = None,
+    router_rows: Tensor | None = None,
 ) -> list[PlannedTensor]:
     """The MoE: feed-forwards become experts, in the sources' order; the rest is averaged; new router.
 
+    ``router_rows`` [layers, sources, hidden] are those of a router from text; for a look they may be missing.
     Raises UserError where sources, or options, do not fit together.
     """
     _check(sources, options, base)
@@ -70,7 +76,7 @@ def plan_mix(
             planned.append(_average(DENSE_TO_MOE.get(name, name), name, info, sources, options, base))
     layers, hidden = weights[_NORM].shape
     router = TensorInfo((layers, num_experts(len(sources), options), hidden), weights[_NORM].dtype)
-    return sorted([*planned, _router(router, len(sources), options)], key=lambda tensor: tensor.name)
+    return sorted([*planned, _router(router, sources, options, router_rows)], key=lambda tensor: tensor.name)
 
 
 def plan_average(
@@ -97,6 +103,11 @@ def _check(sources: Mapping[str, Source], options: MixOptions, base: Source | No
         raise UserError(
             "--router-init zero with top-k: all logits are equal, so every token would take the same "
             f"{options.router_topk} experts; use normal, or route to all {count}"
+        )
+    if options.router_init in FROM_TEXT and options.experts == "blend":
+        raise UserError(
+            f"--router-init {options.router_init} with --experts blend: every expert is a part of all "
+            "sources, so no text is its own; use normal"
         )
     if not 0 < options.router_std < math.inf:
         raise UserError(f"--router-std {options.router_std}: must be above 0 and finite")
@@ -256,20 +267,30 @@ def _changed(
 # the router: new
 
 
-def _router(info: TensorInfo, sources: int, options: MixOptions) -> PlannedTensor:
-    rows_each = options.chunks if options.experts == "virtual" else 1  # one row for the chunks of a copy
-    count, hidden = info.shape[1] // rows_each, info.shape[2]
+def _router(
+    info: TensorInfo, sources: Mapping[str, Source], options: MixOptions, rows: Tensor | None
+) -> PlannedTensor:
+    from_text = options.router_init in FROM_TEXT
+    # one row for the chunks of a copy; a source's text gives one for all that comes from it
+    each = (
+        info.shape[1] // len(sources) if from_text else options.chunks if options.experts == "virtual" else 1
+    )
+    count, hidden = info.shape[1] // each, info.shape[2]
 
     def make(index: Index) -> Rows:
         (layer,) = index
-        if options.router_init == "zero":
+        if from_text:
+            assert rows is not None
+            drawn = rows[layer]
+        elif options.router_init == "zero":
             drawn = zero_router(count, hidden)
         else:
             drawn = normal_router(layer, count, hidden, options.router_std, options.random_seed)
-        whole = repeat_rows(drawn, rows_each)
+        whole = repeat_rows(drawn, each)
         return lambda start, stop: whole[start:stop]
 
-    return PlannedTensor(ROUTER, info, f"router:{options.router_init}", (), make)
+    inputs = tuple(sources) if from_text else ()
+    return PlannedTensor(ROUTER, info, f"router:{options.router_init}", inputs, make)
 
 
 def _generator(seed: int, purpose: str, name: str, index: Index) -> torch.Generator:

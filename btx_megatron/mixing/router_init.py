@@ -101,7 +101,7 @@ class FeatureSums:
 
     def add(self, expert: int, features: Tensor) -> None:
         """Take a batch of the features of ``expert``, [tokens, hidden]."""
-        batch = features.detach().to(torch.float64)
+        batch = features.detach().to("cpu", torch.float64)
         self.gram.addmm_(batch.T, batch)
         self.moments[:, expert] += batch.sum(0)
         self.tokens[expert] += len(batch)
