@@ -236,7 +236,7 @@ def versions(python: str, packages: list[str]) -> str:
         "found = [f'{name} {names[name]}' for name in sys.argv[1:] if name in names]\n"
         "print(f'python {platform.python_version()}', *found, sep=', ')"
     )
-    result = subprocess.run([python, "-c", code, *packages], capture_output=True, text=True, check=True)
+    result = subprocess.run([python, "-P", "-c", code, *packages], capture_output=True, text=True, check=True)
     return result.stdout.strip()
 
 

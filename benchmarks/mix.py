@@ -2,12 +2,14 @@
 
     python benchmarks/mix.py make FOLDER --experts 4 --size 1.1B
     python benchmarks/mix.py run FOLDER --output DIR --peer mergekit=/path/to/its/python
+    python benchmarks/mix.py scale FOLDER --output DIR --counts 2 4 8
 
 `make` writes random Llama models in Hugging Face format. `run` lets every contestant make one mixture of
 them, in turns: each round everyone once, each round another one first, so that a slow minute hits all. A
 turn: the last result is gone, inputs are read into the page cache (--cold: dropped from it), then the clock
 covers the whole command, its start-up, and fsync of every file of the result. Start-up is the same command on
-models of less than a megabyte, so it holds whatever a tool loads before it can begin.
+models of less than a megabyte, so it holds whatever a tool loads before it can begin. `scale` lets btx mix
+alone mix the first 2, 4, ... of the models, in turns: its time by the bytes, and its memory.
 """
 
 from __future__ import annotations
@@ -85,6 +87,39 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if report["failures"] else 0
+
+
+def scale(options: argparse.Namespace) -> int:
+    """btx mix with more and more experts: is its time linear in bytes, is its memory flat?"""
+    found = models.find(options.folder.resolve())
+    if len(found) < max(options.counts):
+        sys.exit(f"{options.folder}: {len(found)} models; make {max(options.counts)} with `make`")
+    options.output = options.output.resolve()
+    options.output.mkdir(parents=True, exist_ok=True)
+    (mixer,) = [one for one in contestants(options.workers, []) if one.name == "btx mix"]
+    turns: dict[int, list[dict[str, Any]]] = {count: [] for count in options.counts}
+    with tempfile.TemporaryDirectory(prefix="tiny-", dir=options.output) as folder:
+        tiny = models.make(Path(folder) / "models", 2, "tiny")
+        start = statistics.median(
+            take_turn(mixer, tiny, options.output, cold=False)["seconds"] for _ in range(STARTS)
+        )
+    for _ in range(options.rounds):
+        for count in options.counts:
+            turns[count].append(take_turn(mixer, found[:count], options.output, cold=False))
+    told = machine(options.folder, options.output) | {"commit": commit(ROOT), "rounds": options.rounds}
+    print("\n".join(f"- {key}: {value}" for key, value in told.items()))
+    print(f"- start-up: {start:.2f} s\n")
+    print(
+        "| experts | read GB | written GB | seconds (min-max) | after start-up, s/GB | peak MiB |\n|"
+        + "---|" * 6
+    )
+    for count, mine in turns.items():
+        read, written = models.total_bytes(found[:count]) / 1e9, mine[0]["output_bytes"] / 1e9
+        seconds = [turn["seconds"] for turn in mine]
+        rate = (statistics.median(seconds) - start) / (read + written)
+        peak = max(turn["peak"] for turn in mine) / 2**20
+        print(f"| {count} | {read:.2f} | {written:.2f} | {spread(seconds)} | {rate:.2f} | {peak:.0f} |")
+    return 0
 
 
 def rounds(
@@ -177,14 +212,20 @@ def arguments() -> argparse.Namespace:
     two.add_argument("--cold", action="store_true", help="inputs are dropped from the page cache first")
     two.add_argument("--workers", type=int, help="threads of btx mix")
     two.add_argument("--json", type=Path, help="write every turn here")
+    three = commands.add_parser("scale", help="measure btx mix alone with more and more experts")
+    three.add_argument("folder", type=Path, help="what `make` wrote")
+    three.add_argument("--output", type=Path, required=True, help="where mixtures are written, and removed")
+    three.add_argument("--counts", type=int, nargs="+", default=[2, 4, 8])
+    three.add_argument("--rounds", type=int, default=3)
+    three.add_argument("--workers", type=int, help="threads of btx mix")
     return parser.parse_args()
 
 
 def main() -> int:
     options = arguments()
-    if options.command == "run":
+    if options.command != "make":
         try:
-            return run(options)
+            return (run if options.command == "run" else scale)(options)
         except RuntimeError as error:  # this machine cannot tell what was asked
             sys.exit(f"cannot measure: {error}")
     if options.folder.exists():

@@ -51,6 +51,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(layers=2, hidden=64, ffn=128, heads=4, groups=2, vocab=512),
+    "25M": Size(layers=8, hidden=512, ffn=1408, heads=8, groups=4, vocab=4096),
     "0.3B": Size(layers=16, hidden=1024, ffn=3456, heads=16, groups=4, vocab=32000),  # 277 million
     "1.1B": Size(layers=22, hidden=2048, ffn=5632, heads=32, groups=4, vocab=32000),  # TinyLlama's shape
 }

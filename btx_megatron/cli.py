@@ -34,6 +34,14 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as training.lr=1e-4.")
 ]
+Approximate = Annotated[bool, typer.Option("--approximate", help="Towards hf: also what no Mixtral is.")]
+MaxMemory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Bound on all buffers together, as 500M or 2G.")
+]
+TargetExpert = Annotated[int, typer.Option(metavar="E", help="Each EP rank's experts in files of their own.")]
+VocabularyMultiple = Annotated[
+    int | None, typer.Option(metavar="N", help="Pad the vocabulary's rows to a multiple of N x T.")
+]
 RunOrRecipe = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the recipe that made it.")]
 
 
@@ -256,14 +264,13 @@ def mix(
     ] = False,
     target_tensor_model_parallel_size: Annotated[int, typer.Option(metavar="T", help="Legacy shards.")] = 1,
     target_pipeline_model_parallel_size: Annotated[int, typer.Option(metavar="P", help="Legacy shards.")] = 1,
-    target_expert_model_parallel_size: Annotated[
-        int, typer.Option(metavar="E", help="Each EP rank's experts in files of their own.")
-    ] = 1,
+    target_expert_model_parallel_size: TargetExpert = 1,
+    make_vocab_size_divisible_by: VocabularyMultiple = None,
     random_seed: Annotated[int, typer.Option(help="Of the router, dare and drop.")] = 1234,
     workers: Annotated[int, typer.Option(help="Threads; 0: one a core.")] = 0,
-    max_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Bound on all buffers together, as 500M or 2G.")
-    ] = None,
+    max_memory: MaxMemory = None,
+    tokenizer: Annotated[str, typer.Option(help="base: all have one; union: added tokens stay.")] = "base",
+    approximate: Approximate = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
 ) -> None:
     """Merge the experts into a mixture of experts, and (the baseline) into their average.
@@ -271,9 +278,9 @@ def mix(
     With a RECIPE: that stage of the pipeline. With --expert and --output: checkpoints of any format.
     """
     with _torch_imported_quickly():
-        from btx_megatron.mixing import command
+        from btx_megatron.mixing import command, option_checks
 
-    command.check_given(_given(context), recipe is not None, moe is not None)
+    option_checks.check_mix_options(_given(context), context.params)
     if recipe is not None:
         _run_alone(_load(recipe, overrides), ["mix", "average"])
         return
@@ -294,46 +301,40 @@ def mix(
         router_topk=router_topk,
         router_pre_softmax=router_pre_softmax,
         random_seed=random_seed,
+        tokenizer=tokenizer,
     )
-    parallel = command.parallel(
-        target_tensor_model_parallel_size,
-        target_pipeline_model_parallel_size,
-        target_expert_model_parallel_size,
-    )
+    parallel = command.parallel(context.params)
     if moe is not None:
         added = command.named_paths("--add-expert", add_expert or [])
-        command.run_grow(moe, added, drop_expert, output, to, parallel, share, options, effort)
+        command.run_grow(
+            moe, added, drop_expert, output, to, parallel, share, options, effort, dry_run, approximate
+        )
         return
     sources = command.named_paths("--expert", expert or [])
     text = command.router_text(router_text or [], tokenizer_model)
-    command.run_mix(sources, base, output, to, parallel, options, effort, dry_run, text)
+    command.run_mix(sources, base, output, to, parallel, options, effort, dry_run, text, approximate)
 
 
 @app.command()
 def convert(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint of any format.")],
     output: Annotated[Path, typer.Argument(metavar="DST", help="Where the new one goes.")],
     to: Annotated[str, typer.Option(help="hf, megatron or megatron-legacy.")],
     target_tensor_model_parallel_size: Annotated[int, typer.Option(metavar="T", help="Legacy shards.")] = 1,
     target_pipeline_model_parallel_size: Annotated[int, typer.Option(metavar="P", help="Legacy shards.")] = 1,
-    target_expert_model_parallel_size: Annotated[
-        int, typer.Option(metavar="E", help="Each EP rank's experts in files of their own.")
-    ] = 1,
+    target_expert_model_parallel_size: TargetExpert = 1,
+    make_vocab_size_divisible_by: VocabularyMultiple = None,
     workers: Annotated[int, typer.Option(help="Threads; 0: one a core.")] = 0,
-    max_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Bound on all buffers together, as 500M or 2G.")
-    ] = None,
+    max_memory: MaxMemory = None,
+    approximate: Approximate = False,
 ) -> None:
     """Write a checkpoint, dense or MoE, in another format, bit for bit."""
     with _torch_imported_quickly():
         from btx_megatron.mixing import command
 
-    parallel = command.parallel(
-        target_tensor_model_parallel_size,
-        target_pipeline_model_parallel_size,
-        target_expert_model_parallel_size,
-    )
-    command.run_convert(source, output, to, parallel, command.effort(workers, max_memory))
+    parallel = command.parallel(context.params)
+    command.run_convert(source, output, to, parallel, command.effort(workers, max_memory), approximate)
 
 
 @app.command()

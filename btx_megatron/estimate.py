@@ -56,11 +56,15 @@ def recipe_parameter_counts(recipe: Recipe) -> ParameterCounts:
 def vocab_size(recipe: Recipe) -> int:
     """Pieces of the tokenizer: read from ``tokenizer_model`` where there is one, else as asked for.
 
-    Raises UserError if the file is missing or is no SentencePiece model.
+    Raises UserError if the file is missing or is no tokenizer.
     """
     path = recipe.tokenizer.tokenizer_model
     if path is None:
         return recipe.tokenizer.vocab_size
+    if recipe.tokenizer.tokenizer_type == "HuggingFaceTokenizer":
+        from btx_megatron.data.hf_tokenizer import json_vocab_size, tokenizer_json
+
+        return json_vocab_size(tokenizer_json(path))
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -72,11 +76,18 @@ def vocab_size(recipe: Recipe) -> int:
         ) from None
 
 
+def padded_vocab_size(vocab_size: int, make_vocab_size_divisible_by: int) -> int:
+    """Rows of the embedding: ``vocab_size`` rounded up, the same under every layout."""
+    return -(-vocab_size // make_vocab_size_divisible_by) * make_vocab_size_divisible_by
+
+
 def stage_tokens(recipe: Recipe, stage: str) -> int:
     """Tokens that a training stage takes: steps x global batch size x sequence length.
 
     ``train_iters`` must be known; for ``dense`` see dense_train_iters.
     """
+    if stage in recipe.imported_stages:
+        return 0
     training = recipe.stage(stage).training
     if training.train_iters is None:
         raise ValueError(f"stages.{stage}.training.train_iters is not resolved")

@@ -13,7 +13,7 @@ from btx_megatron.runtime.progress import PROGRESS_FILE
 from btx_megatron.runtime.stop import STOP_FILE
 from btx_megatron.runtime.stopwatch import DURATION_FILE
 
-Task = Literal["prepare", "train", "mix", "average", "evaluate", "report"]
+Task = Literal["prepare", "import", "train", "mix", "average", "evaluate", "report"]
 
 JOB_FILE = "job.json"
 LOG_FILE = "log.txt"

@@ -52,6 +52,8 @@ def stages_of(recipe: Recipe) -> list[PipelineStage]:
 
 
 def _train(recipe: Recipe, name: str, *inputs: str) -> PipelineStage:
+    if name in recipe.imported_stages:
+        return PipelineStage(name, "import", ("prepare",))
     return PipelineStage(name, "train", inputs, recipe.stage(name).layout.world_size)
 
 

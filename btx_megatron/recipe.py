@@ -11,12 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from btx_megatron.recipe_layout import Layout as Layout
+
 SEED = "seed"  # the name of the seed model's expert; no domain may have it
 
 
 @dataclass
 class Source:
-    """One collection of documents: files below a folder, one document a file."""
+    """One collection of documents: the files below a folder, one document a file, line or row."""
 
     name: str = "text"
     """Names the dataset on disk: letters, digits, '-' and '_'."""
@@ -24,15 +26,20 @@ class Source:
     """A folder or a file; ``package:NAME/sub/folder`` looks inside an installed Python package,
     ``stdlib:`` is the interpreter's own standard library, ``docstrings:NAME`` are the docstrings of
     an installed Python package, one document a module. A relative path starts at the recipe."""
+    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    """text: a file is a document. jsonl: a line is (also packed as .gz, .bz2, .xz or .zst). parquet: a
+    row is. auto goes by each file's name: .jsonl, .jsonl.gz, ..., .parquet, and text for all others."""
+    text_key: str = "text"
+    """Key of a JSON line, or column of a Parquet file, that holds the text."""
     include: list[str] = field(default_factory=lambda: ["**/*"])
-    """Glob patterns, relative to ``path``; a file is a document if one of them matches."""
+    """Glob patterns, relative to ``path``; a file belongs to the source if one of them matches."""
     exclude: list[str] = field(default_factory=list)
     """Glob patterns of files to leave out."""
     weight: float = 1.0
     """Sampling weight within the domain; the weights of a domain need not sum to 1."""
     max_bytes: int | None = None
-    """Take documents, in a shuffled order that depends on ``data.random_seed`` alone, until so many
-    bytes of text are reached; null takes all."""
+    """Take documents until so many bytes of text are reached; null takes all. Files come in a shuffled
+    order that depends on ``data.random_seed`` alone, the lines or rows of one in their own."""
 
 
 @dataclass
@@ -49,10 +56,15 @@ class Domain:
 class Tokenizer:
     """The tokenizer that all models share."""
 
-    tokenizer_type: Literal["SentencePieceTokenizer"] = "SentencePieceTokenizer"
-    """Megatron's name of the kind."""
+    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"] = "SentencePieceTokenizer"
+    """Megatron's name of the kind. HuggingFaceTokenizer needs the extra ``hf``."""
     tokenizer_model: str | None = None
-    """A SentencePiece ``.model`` file to use; null trains one on the union of the domains."""
+    """The tokenizer to use: a SentencePiece ``.model`` file, or a Hugging Face ``tokenizer.json`` or a
+    folder that has one. null trains a SentencePiece model on the union of the domains. A relative path
+    starts at the recipe."""
+    eod_token: str | None = None
+    """The token that ends every document, of a HuggingFaceTokenizer; null: the eos_token that the
+    ``tokenizer_config.json`` beside it names."""
     vocab_size: int = 4096
     """Pieces to train; ignored where ``tokenizer_model`` is given."""
     model_type: Literal["bpe", "unigram"] = "bpe"
@@ -72,11 +84,16 @@ class Data:
     held_out_max_tokens: int | None = None
     """Evaluate on at most so many held-out tokens of each domain; null takes all."""
     on_bad_document: Literal["stop", "skip"] = "stop"
-    """What to do with a document that is not UTF-8: stop and name it, or skip and count it."""
+    """What to do with a document that is bad (not UTF-8, not JSON, without the text's key, larger than
+    1 GiB): stop and name it, or skip and count it."""
     random_seed: int = 1234
     """Seed of the document shuffle and of the train / held-out split."""
     num_workers: int = 0
-    """Processes that tokenize; 0 takes one a CPU core."""
+    """Processes that read and tokenize; 0 takes one a CPU core."""
+    loader: Literal["megatron", "dali"] = "megatron"
+    """Who brings the samples to the model: Megatron's datasets, in the training process; or NVIDIA DALI
+    on top of them (extra ``dali``), which has batches ready before they are asked for, on the GPU where
+    there is one. Both give the same samples in the same order, so a run may change it and go on."""
 
 
 @dataclass
@@ -99,6 +116,10 @@ class Model:
     """Tokens a sample."""
     rotary_base: float = 10_000.0
     """RoPE theta."""
+    use_rope_scaling: bool = False
+    """RoPE scaled as in Llama 3.1 and later (low frequency factor 1, high 4, trained on 8192 tokens)."""
+    rope_scaling_factor: float = 8.0
+    """The factor of that scaling: 8 in Llama 3.1, 32 in 3.2; means nothing without ``use_rope_scaling``."""
     norm_epsilon: float = 1e-5
     """Epsilon of every RMSNorm."""
     init_method_std: float = 0.02
@@ -153,49 +174,6 @@ class Mix:
 
 
 @dataclass
-class Layout:
-    """How one stage lies on its ranks. ranks = TP x PP x DP."""
-
-    tensor_model_parallel_size: int = 1
-    """TP: each matrix is cut over so many ranks."""
-    pipeline_model_parallel_size: int = 1
-    """PP: the layers are cut over so many ranks."""
-    data_parallel_size: int = 1
-    """DP: so many copies of the model, each with its own share of every batch."""
-    expert_model_parallel_size: int = 1
-    """EP: the experts of the MoE are shared out over so many ranks; divides TP x DP."""
-    expert_tensor_parallel_size: int | None = None
-    """ETP: tensor parallel size inside an expert; null is TP."""
-    sequence_parallel: bool = False
-    """Norms and residuals cut along the sequence over the TP ranks; a MoE with TP > 1 needs it."""
-    use_distributed_optimizer: bool = False
-    """Optimizer state cut over the DP ranks (ZeRO-1)."""
-    overlap_grad_reduce: bool = False
-    """Gradient reduction runs during the backward pass."""
-    overlap_param_gather: bool = False
-    """Parameter gathering runs during the forward pass; needs the distributed optimizer."""
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks, one process each."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
-
-    def __str__(self) -> str:
-        """``TP2 SP``, ``DP2 EP2``, ``1 rank``, ...: the parts that are not the default."""
-        sizes = {
-            "TP": self.tensor_model_parallel_size,
-            "PP": self.pipeline_model_parallel_size,
-            "DP": self.data_parallel_size,
-            "EP": self.expert_model_parallel_size,
-            "ETP": self.expert_tensor_parallel_size or 1,
-        }
-        parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
-        parts += ["SP"] if self.sequence_parallel else []
-        parts += ["distributed optimizer"] if self.use_distributed_optimizer else []
-        return " ".join(parts) or "1 rank"
-
-
-@dataclass
 class Training:
     """The optimizer and its schedule. Defaults are the paper's (section 4.1), where it states them."""
 
@@ -226,6 +204,10 @@ class Training:
     """AdamW's epsilon."""
     clip_grad: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches it off."""
+    freeze: list[Literal["experts", "router", "shared"]] = field(default_factory=list)
+    """Weights that keep their values: the experts' feed-forwards, the routers, or everything else (attention,
+    norms, embeddings, output head). They get no gradient and no optimizer state. For stages.finetune; an
+    expert may freeze ``shared``, which leaves its feed-forwards to train."""
     bf16: bool = False
     """Compute in bfloat16, with fp32 master weights and fp32 gradient reduction."""
     seed: int = 1234
@@ -233,9 +215,28 @@ class Training:
     save_interval: int = 100
     """Steps between checkpoints; the last step is always saved."""
     save_total_limit: int = 1
-    """How many checkpoints of a stage to keep."""
+    """How many checkpoints of a stage to keep: the latest ones."""
+    save_retain_interval: int | None = None
+    """Checkpoints whose step is a multiple of this are kept as well; null: none."""
+    async_save: bool = True
+    """Training goes on while a checkpoint is written; false: it waits for the disk."""
+    max_consecutive_skipped_steps: int = 10
+    """A step whose loss or gradient is not finite is skipped: no weight moves. After more than so many
+    in a row the stage stops; 0 stops at the first."""
+    loss_spike_factor: float = 2.0
+    """A loss above this multiple of the median of the last 100 steps is told in the log."""
+    distributed_timeout_minutes: float = 10.0
+    """A stage that ends no step and no save for so long hangs: it is ended, and the rank to blame named."""
     log_interval: int = 10
-    """Steps between log lines."""
+    """Steps between log lines, and between readings of memory and expert load (one small collective)."""
+    tensorboard: bool = True
+    """Curves for TensorBoard, in the stage's folder: ``tensorboard --logdir RUN_FOLDER`` shows all stages."""
+    wandb_project: str | None = None
+    """The Weights & Biases project that gets the curves too; null: none. Needs the extra ``wandb``, and a
+    login or WANDB_MODE=offline; WANDB_ENTITY names a team."""
+    log_communication: bool = False
+    """Count what the ranks send each other: bytes and calls of each collective and process group, inside and
+    between nodes. comm.json beside losses.jsonl, and a table at the end of the stage's log."""
 
 
 @dataclass
@@ -249,6 +250,9 @@ class Stage:
     blend: dict[str, float] = field(default_factory=dict)
     """Sampling weight of each domain. Empty: an expert takes its own domain alone, every other stage
     takes all domains alike."""
+    pretrained_checkpoint: str | None = None
+    """For ``seed`` and experts: a checkpoint of any format that takes the place of this stage; its weights
+    are converted, nothing is trained. ``model`` must describe it. A relative path starts at the recipe."""
 
 
 @dataclass
@@ -285,6 +289,10 @@ class Launch:
     """Experts trained side by side; 0: as many as the cores (or GPUs) allow."""
     threads_per_rank: int = 0
     """CPU threads of one rank; 0: the cores shared out over the ranks that run at once."""
+    peak_tflops: float | None = None
+    """TFLOP/s that one rank's device can do at most in the precision of the run, for the MFU (the share of it
+    that training reaches). Null: the data sheet's, of A100, H100, H200, GH200 and B200 with bf16; for any
+    other device no MFU is told."""
 
 
 @dataclass
@@ -327,6 +335,12 @@ class Recipe:
     def expert_names(self) -> list[str]:
         """Experts of the MoE: router row i is expert i; the seed, where it joins, is last."""
         return self.domain_names + ([SEED] if self.mix.include_seed else [])
+
+    @property
+    def imported_stages(self) -> list[str]:
+        """Stages whose model is a checkpoint that the recipe names; they do not train."""
+        names = [SEED, *(f"expert:{name}" for name in self.domain_names)]
+        return [name for name in names if self.stage(name).pretrained_checkpoint is not None]
 
     def stage(self, name: str) -> Stage:
         """The stage ``seed``, ``finetune``, ``dense`` or ``expert:DOMAIN``."""

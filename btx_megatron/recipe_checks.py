@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 
 from btx_megatron.errors import UserError
 from btx_megatron.estimate import dense_train_iters
-from btx_megatron.recipe import SEED, Data, Layout, Model, Recipe, Source, Training
+from btx_megatron.recipe import SEED, Data, Model, Recipe, Source, Stage, Training
+from btx_megatron.recipe_layout_checks import dense_layout_problems, layout_problems
+from btx_megatron.recipe_numbers import at_least, divisors, positive
 
 RESERVED_NAMES = (SEED, "mean")
 """``seed`` names an expert of its own, ``mean`` a column of the report."""
@@ -55,6 +57,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             )
     for name in sorted({name for name in recipe.baselines if recipe.baselines.count(name) > 1}):
         yield f"baselines: '{name}' is given {recipe.baselines.count(name)} times; once is enough"
+    yield from _import_problems(recipe)
     for stage in training_stages(recipe):
         yield from _stage_problems(recipe, stage)
         if recipe.stage(stage).training.bf16 != recipe.training.bf16:
@@ -63,13 +66,16 @@ def _problems(recipe: Recipe) -> Iterator[str]:
                 "compared, in one precision; set it for all under training"
             )
     yield from _evaluate_problems(recipe)
-    yield from _at_least("launch", recipe.launch, 0, ("max_parallel_experts", "threads_per_rank"))
+    yield from at_least("launch", recipe.launch, 0, ("max_parallel_experts", "threads_per_rank"))
+    if recipe.launch.peak_tflops is not None:
+        yield from positive("launch", recipe.launch, ("peak_tflops",))
 
 
 def training_stages(recipe: Recipe) -> list[str]:
-    """The stages that train, in the pipeline's order."""
+    """The stages that train, in the pipeline's order; imported ones do not."""
     experts = [f"expert:{name}" for name in recipe.domain_names]
-    return ["seed", *experts, "finetune", *recipe.baselines]
+    stages = ["seed", *experts, "finetune", *recipe.baselines]
+    return [stage for stage in stages if stage not in recipe.imported_stages]
 
 
 # data, tokenizer
@@ -92,7 +98,7 @@ def _data_problems(data: Data) -> Iterator[str]:
         )
     if data.held_out_max_tokens is not None and data.held_out_max_tokens < 1:
         yield f"data.held_out_max_tokens {data.held_out_max_tokens}: must be at least 1, or null for all"
-    yield from _at_least("data", data, 0, ("random_seed", "num_workers"))
+    yield from at_least("data", data, 0, ("random_seed", "num_workers"))
 
 
 def _source_problems(where: str, sources: Sequence[Source]) -> Iterator[str]:
@@ -131,8 +137,22 @@ def _weight_problems(where: str, weights: dict[str, float], suffix: str = "") ->
 
 
 def _tokenizer_problems(recipe: Recipe) -> Iterator[str]:
-    if recipe.tokenizer.tokenizer_model is None:
-        yield from _at_least("tokenizer", recipe.tokenizer, 1, ("vocab_size", "training_bytes"))
+    tokenizer = recipe.tokenizer
+    hugging_face = tokenizer.tokenizer_type == "HuggingFaceTokenizer"
+    if hugging_face and tokenizer.tokenizer_model is None:
+        yield (
+            "tokenizer.tokenizer_model is missing; a HuggingFaceTokenizer is not trained here, name a "
+            "tokenizer.json or a folder that has one"
+        )
+    if not hugging_face and (tokenizer.tokenizer_model or "").endswith(".json"):
+        yield (
+            f"tokenizer.tokenizer_model {tokenizer.tokenizer_model}: is no SentencePiece model; set "
+            "tokenizer.tokenizer_type: HuggingFaceTokenizer"
+        )
+    if not hugging_face and tokenizer.eod_token is not None:
+        yield "tokenizer.eod_token: a SentencePieceTokenizer ends documents with its eos; leave it out"
+    if tokenizer.tokenizer_model is None:
+        yield from at_least("tokenizer", tokenizer, 1, ("vocab_size", "training_bytes"))
 
 
 # model, mixture
@@ -140,8 +160,8 @@ def _tokenizer_problems(recipe: Recipe) -> Iterator[str]:
 
 def _model_problems(model: Model) -> Iterator[str]:
     counts = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length")
-    yield from _at_least("model", model, 1, (*counts, "make_vocab_size_divisible_by"))
-    yield from _positive("model", model, ("rotary_base", "norm_epsilon", "init_method_std"))
+    yield from at_least("model", model, 1, (*counts, "make_vocab_size_divisible_by"))
+    yield from positive("model", model, ("rotary_base", "norm_epsilon", "init_method_std"))
     for key in ("attention_dropout", "hidden_dropout"):
         if not 0 <= getattr(model, key) < 1:
             yield f"model.{key} {getattr(model, key)}: a probability, from 0 to below 1"
@@ -149,7 +169,7 @@ def _model_problems(model: Model) -> Iterator[str]:
     if groups is not None and (groups < 1 or heads % groups):
         yield (
             f"model.num_query_groups {groups} must divide model.num_attention_heads {heads}; "
-            f"possible: {_divisors(heads)}"
+            f"possible: {divisors(heads)}"
         )
     if model.kv_channels is None and model.hidden_size % heads:
         yield (
@@ -166,7 +186,7 @@ def _model_problems(model: Model) -> Iterator[str]:
 
 def _moe_problems(recipe: Recipe) -> Iterator[str]:
     moe, experts = recipe.moe, len(recipe.expert_names)
-    yield from _at_least("moe", moe, 1, ("moe_router_topk",))
+    yield from at_least("moe", moe, 1, ("moe_router_topk",))
     if moe.moe_router_topk > experts:
         yield (
             f"moe.moe_router_topk {moe.moe_router_topk} is more than the {experts} experts "
@@ -178,12 +198,26 @@ def _moe_problems(recipe: Recipe) -> Iterator[str]:
             "survivor is always 1, so the router gets no gradient; "
             "set moe_router_pre_softmax: true (Switch) or moe_router_topk >= 2"
         )
-    yield from _at_least("moe", moe, 0, ("moe_aux_loss_coeff", "moe_z_loss_coeff"))
-    yield from _positive("mix", recipe.mix, ("router_std",))
-    yield from _at_least("mix", recipe.mix, 0, ("random_seed",))
+    yield from at_least("moe", moe, 0, ("moe_aux_loss_coeff", "moe_z_loss_coeff"))
+    yield from positive("mix", recipe.mix, ("router_std",))
+    yield from at_least("mix", recipe.mix, 0, ("random_seed",))
 
 
 # stages
+
+
+def _import_problems(recipe: Recipe) -> Iterator[str]:
+    for name in ("finetune", "dense"):
+        if recipe.stage(name).pretrained_checkpoint is not None:
+            yield (
+                f"stages.{name}.pretrained_checkpoint: only stages.seed and stages.experts are imported; "
+                "leave it out"
+            )
+    if recipe.imported_stages and recipe.tokenizer.tokenizer_model is None:
+        yield (
+            f"tokenizer.tokenizer_model is missing; {stage_key(recipe.imported_stages[0])} is a checkpoint, "
+            "name the tokenizer that it was trained with"
+        )
 
 
 def stage_key(stage: str) -> str:
@@ -194,10 +228,11 @@ def stage_key(stage: str) -> str:
 
 def _stage_problems(recipe: Recipe, name: str) -> Iterator[str]:
     stage, key, is_moe = recipe.stage(name), stage_key(name), name == "finetune"
-    yield from _layout_problems(f"{key}.layout", stage.layout, recipe, is_moe)
+    yield from layout_problems(f"{key}.layout", stage.layout, recipe, is_moe)
     if not is_moe:
-        yield from _dense_layout_problems(f"{key}.layout", stage.layout)
+        yield from dense_layout_problems(f"{key}.layout", stage.layout)
     yield from _training_problems(f"{key}.training", stage.training)
+    yield from _freeze_problems(f"{key}.training.freeze", name, stage.training.freeze)
     yield from _schedule_problems(f"{key}.training", stage.training, _train_iters(recipe, name))
     per_step = stage.training.micro_batch_size * stage.layout.data_parallel_size
     if stage.training.global_batch_size % per_step:
@@ -206,6 +241,7 @@ def _stage_problems(recipe: Recipe, name: str) -> Iterator[str]:
             f"micro_batch_size {stage.training.micro_batch_size} x data_parallel_size "
             f"{stage.layout.data_parallel_size} = {per_step}; make it a multiple of {per_step}"
         )
+    yield from _micro_batch_problems(f"{key}", stage)
     for domain in stage.blend:
         if domain not in recipe.domain_names:
             yield (f"{key}.blend.{domain}: no such domain; data.domains has {', '.join(recipe.domain_names)}")
@@ -219,12 +255,44 @@ def _train_iters(recipe: Recipe, stage: str) -> int | None:
 
 def _training_problems(key: str, training: Training) -> Iterator[str]:
     counts = ("micro_batch_size", "global_batch_size", "save_interval", "save_total_limit", "log_interval")
-    yield from _at_least(key, training, 1, ("train_iters", *counts))
-    yield from _positive(key, training, ("lr", "adam_eps"))
-    yield from _at_least(key, training, 0, ("min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "seed"))
+    yield from at_least(key, training, 1, ("train_iters", *counts, "save_retain_interval"))
+    yield from positive(key, training, ("lr", "adam_eps", "distributed_timeout_minutes"))
+    yield from at_least(key, training, 0, ("min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "seed"))
+    yield from at_least(key, training, 0, ("max_consecutive_skipped_steps",))
+    yield from at_least(key, training, 1, ("loss_spike_factor",))
     for beta in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(training, beta) < 1:
             yield f"{key}.{beta} {getattr(training, beta)}: must be at least 0 and below 1"
+
+
+def _micro_batch_problems(key: str, stage: Stage) -> Iterator[str]:
+    """An interleaved pipeline takes micro-batches in groups of as many as it has ranks."""
+    layout, training = stage.layout, stage.training
+    pp = layout.pipeline_model_parallel_size
+    count = training.global_batch_size // (training.micro_batch_size * layout.data_parallel_size)
+    if layout.num_layers_per_virtual_pipeline_stage is not None and count % pp:
+        yield (
+            f"{key}.layout.num_layers_per_virtual_pipeline_stage: a rank's {count} micro-batches a step "
+            f"(global_batch_size {training.global_batch_size} / micro_batch_size {training.micro_batch_size}"
+            f" / data_parallel_size {layout.data_parallel_size}) are not divisible by "
+            f"pipeline_model_parallel_size {pp}; change one of them"
+        )
+
+
+def _freeze_problems(key: str, stage: str, frozen: Sequence[str]) -> Iterator[str]:
+    for part in sorted({part for part in frozen if list(frozen).count(part) > 1}):
+        yield f"{key}: '{part}' is given {list(frozen).count(part)} times; once is enough"
+    if len(set(frozen)) == 3:
+        yield f"{key} [{', '.join(frozen)}]: nothing would be left to train; leave one out"
+    if stage == "seed" and frozen:
+        yield f"{key} [{', '.join(frozen)}]: the seed is trained from random weights, none of which can stay"
+    if stage != "finetune" and "router" in frozen:
+        yield f"{key}: this stage trains a dense model, which has no router; set it under stages.finetune"
+    if stage != "finetune" and "experts" in frozen:
+        yield (
+            f"{key}: this stage trains a dense model, whose feed-forwards are what becomes an expert; "
+            "freeze experts under stages.finetune alone"
+        )
 
 
 def _schedule_problems(key: str, training: Training, iters: int | None) -> Iterator[str]:
@@ -240,107 +308,5 @@ def _schedule_problems(key: str, training: Training, iters: int | None) -> Itera
 
 
 def _evaluate_problems(recipe: Recipe) -> Iterator[str]:
-    yield from _at_least("evaluate", recipe.evaluate, 1, ("micro_batch_size",))
-    yield from _layout_problems("evaluate.layout", recipe.evaluate.layout, recipe, is_moe=True)
-
-
-# layouts
-
-
-def _layout_problems(key: str, layout: Layout, recipe: Recipe, is_moe: bool) -> Iterator[str]:
-    """Everything that keeps a model of the recipe from lying on a layout. ``key`` names the layout."""
-    sizes = [name for name in vars(layout) if name.endswith("_parallel_size")]
-    yield from _at_least(key, layout, 1, sizes)
-    yield from _tensor_parallel_problems(key, layout, recipe.model)
-    if is_moe:
-        yield from _expert_parallel_problems(key, layout, recipe)
-    pp, layers = layout.pipeline_model_parallel_size, recipe.model.num_layers
-    if layers % pp:
-        yield f"{key}.pipeline_model_parallel_size {pp} must divide model.num_layers {layers}"
-    if layout.overlap_param_gather and not layout.use_distributed_optimizer:
-        yield f"{key}.overlap_param_gather needs use_distributed_optimizer: true"
-    if layout.overlap_param_gather and not layout.overlap_grad_reduce:
-        yield f"{key}.overlap_param_gather needs overlap_grad_reduce: true"
-
-
-def _tensor_parallel_problems(key: str, layout: Layout, model: Model) -> Iterator[str]:
-    tp = layout.tensor_model_parallel_size
-    for name in ("num_attention_heads", "ffn_hidden_size", "make_vocab_size_divisible_by"):
-        size = getattr(model, name)
-        if size % tp:
-            yield f"{key}.tensor_model_parallel_size {tp} must divide model.{name} {size}"
-    groups = model.num_query_groups or model.num_attention_heads
-    if groups % tp and tp % groups:
-        yield (
-            f"{key}.tensor_model_parallel_size {tp} must divide model.num_query_groups {groups}, "
-            "or be a multiple of it"
-        )
-    if layout.sequence_parallel and tp == 1:
-        yield (
-            f"{key}.sequence_parallel true needs tensor_model_parallel_size > 1; there is nothing to cut, "
-            "set it to false"
-        )
-    if layout.sequence_parallel and model.seq_length % tp:
-        yield (
-            f"{key}.sequence_parallel: tensor_model_parallel_size {tp} must divide model.seq_length "
-            f"{model.seq_length}"
-        )
-
-
-def _dense_layout_problems(key: str, layout: Layout) -> Iterator[str]:
-    for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
-        if getattr(layout, name) not in (None, 1):
-            yield (
-                f"{key}.{name} {getattr(layout, name)}: this stage trains a dense model, which has no "
-                "experts to share out; set it under stages.finetune.layout alone"
-            )
-
-
-def _expert_parallel_problems(key: str, layout: Layout, recipe: Recipe) -> Iterator[str]:
-    tp, ep = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
-    etp = layout.expert_tensor_parallel_size or tp
-    experts = len(recipe.expert_names)
-    if experts % ep:
-        yield (
-            f"{key}.expert_model_parallel_size {ep} must divide the number of experts {experts} "
-            f"({', '.join(recipe.expert_names)})"
-        )
-    if recipe.model.ffn_hidden_size % etp:
-        yield (
-            f"{key}.expert_tensor_parallel_size {etp} must divide model.ffn_hidden_size "
-            f"{recipe.model.ffn_hidden_size}"
-        )
-    ranks = tp * layout.data_parallel_size
-    if ranks % (etp * ep):
-        yield (
-            f"{key}: tensor_model_parallel_size {tp} x data_parallel_size {layout.data_parallel_size} = "
-            f"{ranks} ranks are not divisible by expert_tensor_parallel_size {etp} x "
-            f"expert_model_parallel_size {ep} = {etp * ep}; raise data_parallel_size or set "
-            "expert_tensor_parallel_size: 1"
-        )
-    if tp > 1 and not layout.sequence_parallel:
-        yield (
-            f"{key}.tensor_model_parallel_size {tp}: a mixture of experts under tensor parallelism needs "
-            "sequence_parallel: true"
-        )
-
-
-# numbers
-
-
-def _at_least(key: str, values: object, least: int, names: Sequence[str]) -> Iterator[str]:
-    for name in names:
-        value = getattr(values, name)
-        if value is not None and not value >= least:  # not >=: refuses nan too
-            yield f"{key}.{name} {value}: must be at least {least}"
-
-
-def _positive(key: str, values: object, names: Sequence[str]) -> Iterator[str]:
-    for name in names:
-        value = getattr(values, name)
-        if not (math.isfinite(value) and value > 0):
-            yield f"{key}.{name} {value}: must be above 0"
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    yield from at_least("evaluate", recipe.evaluate, 1, ("micro_batch_size",))
+    yield from layout_problems("evaluate.layout", recipe.evaluate.layout, recipe, is_moe=True)

@@ -110,6 +110,9 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> None:
         for source in domain.sources:
             if source.path and not re.match(r"[a-z]+:", source.path):
                 source.path = str(folder / Path(source.path).expanduser())
+    for stage in (recipe.stages.seed, *recipe.stages.experts.values()):
+        if stage.pretrained_checkpoint:
+            stage.pretrained_checkpoint = str(folder / Path(stage.pretrained_checkpoint).expanduser())
     if recipe.tokenizer.tokenizer_model:
         recipe.tokenizer.tokenizer_model = str(folder / Path(recipe.tokenizer.tokenizer_model).expanduser())
 

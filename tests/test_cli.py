@@ -13,6 +13,8 @@ import yaml
 
 from btx_megatron import __version__
 from btx_megatron.cli import main
+from btx_megatron.estimate_flops import stage_flops
+from btx_megatron.launch.display import clock
 from btx_megatron.recipe_file import load_recipe
 from btx_megatron.run_folder import RunFolder
 
@@ -88,12 +90,21 @@ def test_version_and_help(btx) -> None:  # type: ignore[no-untyped-def]
 def test_plan_of_the_quickstart(btx) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = btx("plan", QUICKSTART)
     assert code == 0
-    rows = {line.split()[0]: line.split() for line in out.splitlines() if line}
-    assert rows["expert:prose"][-5:] == ["TP2", "SP", "2", *rows["expert:prose"][-2:]]
+    _, stages, models, parameters, *_ = out.split("\n\n")
+    rows = {line.split()[0]: line.split() for line in stages.splitlines()}
+    assert rows["expert:prose"][-6:] == ["TP2", "SP", "2", *rows["expert:prose"][-3:]]
     recipe = load_recipe(QUICKSTART)
     iters = recipe.stages.dense.training.train_iters
-    assert rows["dense"][-2:] == [f"{iters:,}", f"{iters * 8 * 256:,}"]  # type: ignore[operator]
-    assert "MoE, total" in out
+    assert iters is not None
+    tokens, flops = f"{iters * 8 * 256:,}", f"{stage_flops(recipe, 'dense'):.2e}"
+    assert rows["dense"][-3:] == [f"{iters:,}", tokens, flops]
+    spent = {line.split()[0]: line.split()[1:] for line in models.splitlines()}
+    assert spent["seed"] == ["0", "0"]
+    assert spent["dense"] == [tokens, flops]
+    stages_of_btx = ["expert:prose", "expert:code", "expert:math", "finetune"]
+    assert spent["btx"] == [tokens, f"{sum(stage_flops(recipe, stage) for stage in stages_of_btx):.2e}"]
+    assert "causal half of attention" in models
+    assert "MoE, total" in parameters
     assert btx("plan", QUICKSTART, "model.num_layers=8")[1] != out
 
 
@@ -186,15 +197,21 @@ def test_status_tells_done_running_unfinished_and_missing(btx, recipe_file: Path
         run.publish(make_manifest("prepare", {}, {}, {}, None, 65))
         run.work("seed").mkdir(parents=True)
         (run.work("seed") / "duration.json").write_text(json.dumps(7.0))
-        Progress(run.work("seed")).update("training", 1, 2, "loss 3.1")
+        progress = Progress(run.work("seed"))
+        progress.update("training", 1, 9, "loss 3.3")
+        time.sleep(0.25)  # sooner it is not written
+        progress.update("training", 2, 9, "loss 3.1, 99 tokens/s")
         running = btx("status", recipe_file)[1]
     stopped = btx("status", run.path)[1]
     rows = {line.split()[0]: line.split() for line in running.splitlines()[3:]}
     assert rows["prepare"] == ["prepare", "done", "1:05"]
-    assert rows["seed"] == ["seed", "running", "0:07", "training", "1/2", "loss", "3.1"]
+    assert rows["seed"][:5] == ["seed", "running", "0:07", "training", "2/9,"]
+    rate, left, unit, *rest = rows["seed"][5:]
+    assert (unit, *rest) == ("left,", "loss", "3.1,", "99", "tokens/s")
+    assert left == clock(7 / float(rate.removesuffix("/s,")))
     assert rows["mix"] == ["mix", "missing", "-"]
     rows = {line.split()[0]: line.split() for line in stopped.splitlines()[3:]}
-    assert rows["seed"] == ["seed", "unfinished", "0:07", "training", "1/2", "loss", "3.1"]
+    assert " ".join(rows["seed"]) == "seed unfinished 0:07 training 2/9, loss 3.1, 99 tokens/s"
 
 
 def test_as_a_module() -> None:

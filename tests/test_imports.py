@@ -22,10 +22,13 @@ FLOORS = [
     {"run_folder"},
     {"manifest", "recipe_file"},
     {"recipe_checks"},
+    {"recipe_layout_checks"},
+    {"estimate_comm", "estimate_flops"},
     {"estimate"},
     {"recipe"},
+    {"recipe_layout"},
     {"durable"},
-    {"errors", "columns"},
+    {"errors", "columns", "recipe_numbers", "traffic"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -66,7 +66,11 @@ def test_pins_lie_within_the_ranges() -> None:
 
 def test_whatever_the_make_commands_install_is_pinned() -> None:
     extras = PROJECT["optional-dependencies"]
-    lines = [line for name in ("train", "quickstart", "hf", "test", "dev") for line in extras[name]]
+    lines = [
+        line
+        for name in ("train", "quickstart", "hf", "dali", "parquet", "test", "dev")
+        for line in extras[name]
+    ]
     names = base_names() | {canonicalize_name(Requirement(line).name) for line in lines}
     assert names - {PROJECT["name"]} <= pinned().keys()
 

@@ -92,6 +92,22 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"training.lr_warmup_iters": 10},
         "stages.seed.training.lr_warmup_iters 10 must be below train_iters 10",
     ),
+    (
+        {"training.save_retain_interval": 0},
+        "stages.seed.training.save_retain_interval 0: must be at least 1",
+    ),
+    (
+        {"training.distributed_timeout_minutes": 0},
+        "stages.seed.training.distributed_timeout_minutes 0.0: must be above 0",
+    ),
+    (
+        {"training.max_consecutive_skipped_steps": -1},
+        "stages.seed.training.max_consecutive_skipped_steps -1: must be at least 0",
+    ),
+    (
+        {"training.loss_spike_factor": 0.5},
+        "stages.seed.training.loss_spike_factor 0.5: must be at least 1",
+    ),
     ({"training.adam_beta2": 1.0}, "stages.seed.training.adam_beta2 1.0: must be at least 0 and below 1"),
     ({"stages.dense.training.lr_warmup_iters": 10}, "stages.dense.training.lr_warmup_iters 10 must be below"),
     (

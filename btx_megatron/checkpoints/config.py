@@ -10,6 +10,9 @@ from typing import Any
 
 from btx_megatron.errors import UserError
 
+TokenIds = int | tuple[int, ...] | None
+"""The number of a special token; a few models have several that end a text."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -33,8 +36,8 @@ class ModelConfig:
     num_experts: int | None = None
     moe_router_topk: int = 2
     moe_router_pre_softmax: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    bos_token_id: TokenIds = None
+    eos_token_id: TokenIds = None
 
     def difference(self, other: ModelConfig) -> tuple[str, Any, Any] | None:
         """First thing, with both values, in which two models differ so that they cannot be mixed."""
@@ -43,6 +46,11 @@ class ModelConfig:
             if mine != theirs:
                 return name, mine, theirs
         return None
+
+    def rope_scaling_factor(self) -> float | None:
+        """Llama 3's factor; None: plain RoPE. Raises UserError for a scaling that Megatron does not know."""
+        known = _megatron_rope(self)
+        return float(known["rope_scaling_factor"]) if known["use_rope_scaling"] else None
 
     def as_moe(self, num_experts: int, ffn_hidden_size: int, topk: int, pre_softmax: bool) -> ModelConfig:
         """The mixture of such models."""
@@ -127,9 +135,21 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
         rope_scaling=tuple(sorted(scaling.items())) if scaling else None,
         num_experts=_get(config, "num_local_experts", where) if kind == "mixtral" else None,
         moe_router_topk=_get({"num_experts_per_tok": 2} | _said(config), "num_experts_per_tok", where),
-        bos_token_id=config.get("bos_token_id"),
-        eos_token_id=config.get("eos_token_id"),
+        bos_token_id=_token_ids(config.get("bos_token_id")),
+        eos_token_id=_token_ids(config.get("eos_token_id")),
     )
+
+
+def _token_ids(value: Any) -> TokenIds:
+    """The number, or numbers, of a special token; what is none says nothing."""
+    if isinstance(value, list | tuple):
+        numbers = tuple(number for number in value if isinstance(number, int))
+        return numbers if len(numbers) == len(value) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _plain_ids(ids: TokenIds) -> int | list[int] | None:
+    return list(ids) if isinstance(ids, tuple) else ids
 
 
 def _get(config: Mapping[str, Any], key: str, where: str) -> int:
@@ -180,8 +200,8 @@ def to_hf(config: ModelConfig, vocab_size: int, dtype: str) -> dict[str, Any]:
         "rope_parameters": {**rope, "rope_theta": config.rotary_base},
         "tie_word_embeddings": config.tied,
         "attention_bias": False,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "bos_token_id": _plain_ids(config.bos_token_id),
+        "eos_token_id": _plain_ids(config.eos_token_id),
         "torch_dtype": dtype,
         "dtype": dtype,
         "use_cache": True,
@@ -220,6 +240,7 @@ def from_recipe(recipe: Mapping[str, Any], num_experts: int | None, vocab_size: 
         num_experts=num_experts,
         moe_router_topk=moe["moe_router_topk"],
         moe_router_pre_softmax=moe["moe_router_pre_softmax"],
+        rope_scaling=_llama3(model["rope_scaling_factor"]) if model.get("use_rope_scaling") else None,
     )
 
 
@@ -244,6 +265,8 @@ def from_args(args: Any, where: str) -> ModelConfig:
             num_experts=getattr(args, "num_experts", None),
             moe_router_topk=getattr(args, "moe_router_topk", 2),
             moe_router_pre_softmax=getattr(args, "moe_router_pre_softmax", False),
+            bos_token_id=_token_ids(getattr(args, "bos_token_id", None)),
+            eos_token_id=_token_ids(getattr(args, "eos_token_id", None)),
         )
     except AttributeError as error:
         raise UserError(
@@ -255,8 +278,11 @@ def _rope_scaling(args: Any) -> tuple[tuple[str, Any], ...] | None:
     """Megatron-LM's --use-rope-scaling: Llama 3's, with everything but the factor fixed."""
     if not getattr(args, "use_rope_scaling", False):
         return None
-    factor = float(getattr(args, "rope_scaling_factor", 8.0))
-    return tuple(sorted(_LLAMA3.items() | {("factor", factor)}))
+    return _llama3(getattr(args, "rope_scaling_factor", 8.0))
+
+
+def _llama3(factor: float) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(_LLAMA3.items() | {("factor", float(factor))}))
 
 
 _LLAMA3 = {
@@ -292,6 +318,8 @@ def to_args(config: ModelConfig, padded_vocab_size: int) -> Namespace:
         "untie_embeddings_and_output_weights": not config.tied,
         "padded_vocab_size": padded_vocab_size,
         "vocab_size": config.vocab_size,
+        "bos_token_id": _plain_ids(config.bos_token_id),  # ours: Megatron-LM does not look at these two
+        "eos_token_id": _plain_ids(config.eos_token_id),
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
         "expert_model_parallel_size": 1,

@@ -6,8 +6,9 @@ import contextlib
 import fcntl
 import os
 import shutil
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +16,16 @@ from btx_megatron.checkpoints.config import ModelConfig, from_args, from_recipe,
 from btx_megatron.checkpoints.names import ROUTER, has_expert_axis
 from btx_megatron.checkpoints.pieces import Index, Source, TensorInfo
 from btx_megatron.checkpoints.stream import NO_BOUND, Effort, PlannedTensor, Reporter, stream
+from btx_megatron.checkpoints.tokenizer_files import FOLDER as TOKENIZER
+from btx_megatron.checkpoints.tokenizer_files import write_tokenizer
 from btx_megatron.checkpoints.tracker import RELEASE, TRACKER, find_checkpoint, write_tracker
+from btx_megatron.checkpoints.vocabulary import divisor, fit_vocabulary, rows_in
 from btx_megatron.durable import sync, write_durably
 from btx_megatron.errors import StageFailed, UserError
 from btx_megatron.manifest import MANIFEST_FILE
 
 Format = Literal["hf", "megatron", "megatron-legacy"]
 FORMATS: tuple[Format, ...] = ("hf", "megatron", "megatron-legacy")
-
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Parallel:
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
+    vocabulary: int | None = None
+    """``--make-vocab-size-divisible-by``: rows of the vocabulary are padded to a multiple of it x ``tensor``;
+    None: they stay as they are."""
 
 
 ONE_RANK = Parallel()
@@ -107,7 +112,8 @@ def write_checkpoint(
     *,
     parallel: Parallel = ONE_RANK,
     common: Mapping[str, Any] | None = None,
-    tokenizer_files: list[Path] | None = None,
+    tokenizer_files: Mapping[str, bytes] | None = None,
+    approximate: bool = False,
     effort: Effort = NO_BOUND,
     progress: Reporter | None = None,
     manifest: Callable[[dict[str, dict[str, Any]]], str] | None = None,
@@ -115,15 +121,23 @@ def write_checkpoint(
     """Make the plan's weights and write them as a checkpoint in ``output``; returns their table.
 
     ``config`` may be None for ``to="megatron"`` alone, whose files say nothing of the model then.
+    ``tokenizer_files`` by name lie beside Hugging Face's weights, and in ``tokenizer/`` beside Megatron's
+    tracker. ``approximate``: write as a Mixtral what a Mixtral is not exactly (see ``approximations``).
     ``manifest`` makes the text of ``manifest.json`` from the table. Everything is written under a name
     beside ``output`` and renamed at the end: under its own name a checkpoint is whole. Raises UserError if
     there is something in ``output`` or a source is damaged, StageFailed if the disk is full.
     """
+    plan, config = fitted(plan, config, to, parallel)
+    check_target(plan, config, to, parallel, approximate)
     try:
         with _published(output) as partial:
-            table = _write(
-                partial, to, plan, config, parallel, common or {}, tokenizer_files or [], effort, progress
-            )
+            files = tokenizer_files or {}
+            if to == "hf":
+                table = _write_hf(partial, plan, config, files, effort, progress)
+            else:
+                table = _write_megatron(partial, to, plan, config, parallel, common or {}, effort, progress)
+                write_tokenizer(partial / TOKENIZER, files)
+                write_tracker(partial, RELEASE)
             if manifest is not None:
                 write_durably(partial / MANIFEST_FILE, manifest(table))
     except OSError as error:
@@ -131,6 +145,38 @@ def write_checkpoint(
             f"{output}: {error.strerror}; nothing is left of it: mend that, and run it again"
         ) from None
     return table
+
+
+def fitted(
+    plan: list[PlannedTensor], config: ModelConfig | None, to: Format, parallel: Parallel = ONE_RANK
+) -> tuple[list[PlannedTensor], ModelConfig | None]:
+    """Plan and model with the rows of the vocabulary that the target has, see ``fit_vocabulary``.
+
+    Where the size of the vocabulary was not known, all rows stood for tokens: that is known now.
+    """
+    multiple = 1 if to == "hf" else parallel.vocabulary and parallel.vocabulary * parallel.tensor
+    if multiple is None or config is None:
+        return fit_vocabulary(plan, None, multiple), config
+    tokens = config.vocab_size or rows_in(plan)
+    return fit_vocabulary(plan, tokens, multiple), replace(config, vocab_size=tokens)
+
+
+def check_target(
+    plan: list[PlannedTensor], config: ModelConfig | None, to: Format, parallel: Parallel, approximate: bool
+) -> None:
+    """Raise UserError where the plan's weights (``fitted``) cannot be written like that."""
+    tensors = {planned.name: planned.info for planned in plan}
+    if to == "megatron":
+        _expert_files(tensors, parallel.expert)
+    elif to == "megatron-legacy":
+        from btx_megatron.checkpoints.legacy_layout import Grid
+        from btx_megatron.checkpoints.legacy_writer import check_sizes
+
+        assert config is not None
+        grid = Grid(parallel.tensor, parallel.pipeline, parallel.expert, parallel.tensor)
+        check_sizes(tensors, _args(config, rows_in(plan), parallel), grid)
+    elif config is not None and not approximate and (differs := approximations(config)):
+        raise UserError(f"{differs[0]}; --approximate exports it all the same")
 
 
 def partial_of(output: Path) -> Path:
@@ -148,24 +194,19 @@ def _published(output: Path) -> Iterator[Path]:
         partial.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{output}: lies in a file, not in a folder; name another --output") from None
-    lock = _locked(partial, output)
-    try:
+    with _locked(partial.with_suffix(".lock"), output):
         _check_free(output)  # another may have written it before we had the lock
-        _clear(partial)  # what one left that was killed
-        yield partial
-        sync(partial)
-        os.rename(partial, output.resolve())  # takes the place of an empty folder
-        (output / _LOCK).unlink()
-        sync(output)
-        sync(partial.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):  # a folder that is in place by now, or another's
-            _clear(partial)
-            (partial / _LOCK).unlink()  # last: as long as it is there nobody else is here
-            partial.rmdir()
-        raise
-    finally:
-        os.close(lock)
+        _remove(partial)  # what one left that was killed
+        partial.mkdir()
+        try:
+            yield partial
+            sync(partial)
+            os.rename(partial, output.resolve())  # takes the place of an empty folder
+            sync(partial.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):  # it is in place by now
+                _remove(partial)
+            raise
 
 
 def _check_free(output: Path) -> None:
@@ -175,14 +216,25 @@ def _check_free(output: Path) -> None:
         raise UserError(f"{output}: the folder that you are in cannot be replaced; name another --output")
 
 
-def _locked(partial: Path, output: Path) -> int:
-    """Make the folder and lock a file in it, until that is closed or the process ends, however it ends."""
+@contextlib.contextmanager
+def _locked(lock: Path, output: Path) -> Iterator[None]:
+    """Hold a lock until the block or the process ends, however that ends.
+
+    Its file lies beside the output, not in it: nothing that is published has to be taken away afterwards. A
+    run that is killed leaves the file, empty and not locked; the next one takes it, and deletes it.
+    """
+    descriptor = _lock(lock, output)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()  # while it is ours: whoever has it open finds that it is gone, and makes a new one
+        os.close(descriptor)
+
+
+def _lock(lock: Path, output: Path) -> int:
     while True:
-        partial.mkdir(exist_ok=True)
-        try:
-            descriptor = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # another has just finished or given up: with it went its folder
-            continue
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -191,47 +243,52 @@ def _locked(partial: Path, output: Path) -> int:
         except OSError:
             pass  # a file system without locks
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(partial / _LOCK), os.fstat(descriptor)):
+            if os.path.samestat(os.stat(lock), os.fstat(descriptor)):
                 return descriptor
         os.close(descriptor)
 
 
-def _clear(partial: Path) -> None:
-    """Delete all but the lock."""
-    for path in partial.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != _LOCK:
-            path.unlink()
+def _remove(path: Path) -> None:
+    """Delete a folder with all that is in it, or what else is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
-def _write(
+def _write_hf(
+    folder: Path,
+    plan: list[PlannedTensor],
+    config: ModelConfig | None,
+    tokenizer_files: Mapping[str, bytes],
+    effort: Effort,
+    progress: Reporter | None,
+) -> dict[str, dict[str, Any]]:
+    from btx_megatron.checkpoints.huggingface import HuggingFaceLayout
+
+    assert config is not None
+    hf = HuggingFaceLayout(folder, {planned.name: planned.info for planned in plan}, config)
+    table = stream(plan, hf, effort, progress)
+    hf.finish(tokenizer_files, approximations(config))
+    return table
+
+
+def _write_megatron(
     folder: Path,
     to: Format,
     plan: list[PlannedTensor],
     config: ModelConfig | None,
     parallel: Parallel,
     common: Mapping[str, Any],
-    tokenizer_files: list[Path],
     effort: Effort,
     progress: Reporter | None,
 ) -> dict[str, dict[str, Any]]:
+    """All but the tracker."""
     tensors = {planned.name: planned.info for planned in plan}
-    if to == "hf":
-        from btx_megatron.checkpoints.huggingface import HuggingFaceLayout
-
-        assert config is not None
-        _refuse_what_mixtral_cannot_say(config)
-        hf = HuggingFaceLayout(folder, tensors, config)
-        table = stream(plan, hf, effort, progress)
-        hf.finish(tokenizer_files)
-        return table
-    padded = tensors["embedding.word_embeddings.weight"].shape[0]
+    args = _args(config, rows_in(plan), parallel) if config is not None else None
     if to == "megatron-legacy":
         from btx_megatron.checkpoints.legacy_writer import LegacyLayout
 
-        assert config is not None
-        args = to_args(config, padded)
         (folder / RELEASE).mkdir()
         legacy = LegacyLayout(
             folder / RELEASE, tensors, args, parallel.tensor, parallel.pipeline, parallel.expert
@@ -243,36 +300,54 @@ def _write(
 
         dist = DistLayout(folder / RELEASE, tensors, _expert_files(tensors, parallel.expert))
         table = stream(plan, dist, effort, progress)
-        dist.finish({"iteration": 0, "checkpoint_version": 3.0, **_said_of(config, padded, common), **common})
-    write_tracker(folder, RELEASE)
+        dist.finish({"iteration": 0, "checkpoint_version": 3.0, **_said_of(config, args, common), **common})
     return table
 
 
-def _said_of(config: ModelConfig | None, padded: int, common: Mapping[str, Any]) -> dict[str, Any]:
+def _args(config: ModelConfig, rows: int, parallel: Parallel) -> Namespace:
+    """Megatron-LM's arguments of the model, and the number that pads its vocabulary to these rows."""
+    args = to_args(config, rows)
+    args.make_vocab_size_divisible_by = vocabulary_divisor(config, rows, parallel)
+    return args
+
+
+def vocabulary_divisor(config: ModelConfig, rows: int, parallel: Parallel) -> int:
+    """The ``--make-vocab-size-divisible-by`` with which Megatron-LM makes the checkpoint's rows."""
+    return parallel.vocabulary or divisor(config.vocab_size, rows, parallel.tensor)
+
+
+def _said_of(config: ModelConfig | None, args: Namespace | None, common: Mapping[str, Any]) -> dict[str, Any]:
     """What a torch_dist checkpoint says of its model: Megatron-LM's arguments, where ours say nothing."""
     if config is None:
         return {}
     if "recipe" in common:
         return {"vocab_size": config.vocab_size} if config.vocab_size else {}
-    return {"args": to_args(config, padded)}
+    return {"args": args}
 
 
-def _refuse_what_mixtral_cannot_say(config: ModelConfig) -> None:
+def approximations(config: ModelConfig) -> list[str]:
+    """What of a mixture Mixtral cannot say, a line each. Its gates of the chosen experts always sum to 1."""
+    differs: list[str] = []
     if config.num_experts is None:  # a dense stage's recipe speaks of the routers of a later one
-        return
+        return differs
     if config.moe_router_topk == 1 and not config.moe_router_pre_softmax:
-        raise UserError("moe_router_topk 1 without pre-softmax has a constant gate; it cannot be exported")
-    if config.moe_router_pre_softmax:
-        raise UserError(
-            "moe_router_pre_softmax: Mixtral renormalises the gates of the chosen experts, this model does "
-            "not; train with moe_router_pre_softmax: false to export it"
+        differs.append("moe_router_topk 1 without pre-softmax: the gate is always 1, and no router can learn")
+    if config.moe_router_pre_softmax and config.moe_router_topk < config.num_experts:
+        differs.append(
+            "moe_router_pre_softmax: Mixtral renormalises the gates of the chosen experts, this model "
+            "does not"
         )
+    return differs
 
 
 def _expert_files(tensors: Mapping[str, TensorInfo], ranks: int) -> Any:
     """Each expert-parallel rank's experts in a file of their own."""
-    counts = {info.shape[1] for name, info in tensors.items() if has_expert_axis(name)}
-    experts = counts.pop() if counts else 1
+    experts = tensors[ROUTER].shape[1] if ROUTER in tensors else 1
+    if ranks > 1 and ROUTER not in tensors:
+        raise UserError(
+            f"--target-expert-model-parallel-size {ranks}: a dense model has no experts to spread; "
+            "leave it out"
+        )
     if experts % ranks:
         raise UserError(
             f"--target-expert-model-parallel-size {ranks} must divide the number of experts {experts}"

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,16 +29,13 @@ from btx_megatron.checkpoints.pieces import (
     part_info,
     read_rows,
 )
-from btx_megatron.checkpoints.safetensors_files import CODES, Stored, read_header, read_json, shard_names
+from btx_megatron.checkpoints.safetensors_files import CODES, Stored, read_headers, read_json
+from btx_megatron.checkpoints.tokenizer_files import write_tokenizer
 from btx_megatron.durable import sync, write_durably
 from btx_megatron.errors import UserError
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 # ours -> theirs, where one tensor is one tensor; {} is the layer
@@ -144,11 +140,7 @@ class HuggingFaceCheckpoint:
         self._account()
 
     def _read_headers(self) -> dict[str, Stored]:
-        index = self.folder / INDEX
-        names = shard_names(index) if index.exists() else [WEIGHTS]
-        stored: dict[str, Stored] = {}
-        for name in names:
-            stored |= read_header(self.folder, Path(name).name)
+        stored = read_headers(self.folder, self.folder / INDEX, WEIGHTS)
         return {key: value for key, value in stored.items() if not key.endswith("rotary_emb.inv_freq")}
 
     def _check_config(self) -> None:
@@ -233,10 +225,6 @@ class HuggingFaceCheckpoint:
             for segment in segments(name, index, info.shape[0], self.config)
         ]
 
-    def tokenizer_files(self) -> list[Path]:
-        """Files of the folder that belong to the tokenizer."""
-        return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).exists()]
-
 
 def _piece(file: str, offset: int, segment: Segment, cols: int, dtype: torch.dtype) -> Piece:
     return Piece(file, offset + segment.first * cols * dtype.itemsize, segment.rows, cols, row=segment.at)
@@ -252,14 +240,12 @@ def _shown(shape: tuple[int, ...], dtype: torch.dtype) -> str:
 class HuggingFaceLayout:
     """A folder to be, laid out and preallocated: Llama, or Mixtral with the classic names.
 
-    ``tensors`` are ours; rows of the vocabulary beyond ``config.vocab_size`` (Megatron's padding) are left
-    out. ``folder`` must be new or empty.
+    ``tensors`` are ours, the vocabulary without Megatron's padding. ``folder`` must be new or empty.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], config: ModelConfig) -> None:
         self.folder, self.config, self.tensors = folder, config, dict(tensors)
         folder.mkdir(parents=True, exist_ok=True)
-        self.vocabulary = config.vocab_size or self.tensors[_EMBEDDING].shape[0]
         self.dtype = self.tensors[_EMBEDDING].dtype
         self.files = Files(folder, os.O_RDWR | os.O_CREAT)
         shapes = self._their_shapes()
@@ -270,16 +256,12 @@ class HuggingFaceLayout:
             file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
             self._lay_out(file, {name: shapes[name] for name in names})
 
-    def _rows(self, name: str, index: Index) -> int:
-        rows = part_info(self.tensors[name], index).shape[0]
-        return min(rows, self.vocabulary) if name in (_EMBEDDING, _OUTPUT) else rows
-
     def _their_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
         for name, info in self.tensors.items():
             for index in indices_of(name, info):
-                cols = part_info(info, index).shape[1:]
-                for segment in segments(name, index, self._rows(name, index), self.config):
+                part_rows, *cols = part_info(info, index).shape
+                for segment in segments(name, index, part_rows, self.config):
                     rows = shapes.get(segment.tensor, (0,))[0]
                     shapes[segment.tensor] = (max(rows, segment.first + segment.rows), *cols)
         return dict(sorted(shapes.items(), key=lambda item: _reading_order(item[0])))
@@ -305,11 +287,14 @@ class HuggingFaceLayout:
         cols = info.shape[1] if len(info.shape) == 2 else 1
         return [
             _piece(*self._places[segment.tensor], segment, cols, info.dtype)
-            for segment in segments(name, index, self._rows(name, index), self.config)
+            for segment in segments(name, index, info.shape[0], self.config)
         ]
 
-    def finish(self, tokenizer_files: list[Path]) -> None:
-        """Bring the weights to disk; then the index, the tokenizer, and ``config.json`` last."""
+    def finish(self, tokenizer_files: Mapping[str, bytes], approximate: Sequence[str] = ()) -> None:
+        """Bring the weights to disk; then the index, the tokenizer, and ``config.json`` last.
+
+        ``approximate``: what of the model Mixtral cannot say, for whoever reads ``config.json``.
+        """
         self.files.sync()
         self.files.close()
         files = {file for file, _ in self._places.values()}
@@ -317,9 +302,10 @@ class HuggingFaceLayout:
             weight_map = {name: file for name, (file, _) in self._places.items()}
             index = {"metadata": {"total_size": self._size}, "weight_map": weight_map}
             write_durably(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
-        for path in tokenizer_files:
-            shutil.copyfile(path, self.folder / path.name)
-        content = to_hf(self.config, self.vocabulary, dtype_name(self.dtype))
+        write_tokenizer(self.folder, tokenizer_files)
+        content = to_hf(self.config, self.tensors[_EMBEDDING].shape[0], dtype_name(self.dtype))
+        if approximate:
+            content["btx_approximate"] = list(approximate)
         write_durably(self.folder / CONFIG, json.dumps(content, indent=2) + "\n")
         sync(self.folder)
 

@@ -75,7 +75,7 @@ class LegacyLayout:
     ) -> None:
         self.folder, self.tensors = folder, dict(tensors)
         self._grid = Grid(tensor_parallel, pipeline_parallel, expert_parallel, tensor_parallel)
-        _check_sizes(self.tensors, args, self._grid)
+        check_sizes(self.tensors, args, self._grid)
         self.args = _args_for(args, self._grid, tied=OUTPUT not in self.tensors)
         self.files = Files(folder, os.O_RDWR)
         self._pieces: dict[Slot, list[Piece]] = {}
@@ -125,12 +125,9 @@ class LegacyLayout:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb"):
             pass
-        descriptor = self.files.descriptor(file)
-        os.posix_fallocate(descriptor, 0, length)
+        self.files.preallocate(file, length)
         for offset, blob in blobs:
-            while blob:
-                count = os.pwrite(descriptor, blob, offset)
-                offset, blob = offset + count, blob[count:]
+            self.files.write(file, offset, blob)
 
     def _pieces_in(self, file: str, offset: int, slot: Slot, rank: Rank) -> Iterator[Piece]:
         info = self.tensors[slot.name]
@@ -167,7 +164,7 @@ class LegacyLayout:
                 yield key, Slot(name, whole, number)
 
 
-def _check_sizes(tensors: dict[str, TensorInfo], args: Any, grid: Grid) -> None:
+def check_sizes(tensors: Mapping[str, TensorInfo], args: Any, grid: Grid) -> None:
     """Raise UserError unless every rank gets an equal share."""
     for name, info in tensors.items():
         if has_layer_axis(name) and info.shape[0] % grid.pipeline:
@@ -178,9 +175,15 @@ def _check_sizes(tensors: dict[str, TensorInfo], args: Any, grid: Grid) -> None:
         try:
             slice_shape(cut_of(name), shape, grid.tensor)
         except ValueError as error:
-            raise UserError(f"{name} {list(shape)}: {error}; choose another tensor-parallel size") from None
+            pad = "give --make-vocab-size-divisible-by 128, or " if name in (EMBEDDING, OUTPUT) else ""
+            raise UserError(
+                f"{name} {list(shape)}: {error}; {pad}choose another tensor-parallel size"
+            ) from None
     if grid.expert > 1 and ROUTER not in tensors:
-        raise UserError("a dense model has no experts to spread; leave the expert-parallel size at 1")
+        raise UserError(
+            f"--target-expert-model-parallel-size {grid.expert}: a dense model has no experts to spread; "
+            "leave it out"
+        )
     heads = getattr(args, "num_attention_heads", grid.tensor)
     groups = getattr(args, "num_query_groups", None) or heads
     if heads % grid.tensor or (groups % grid.tensor and grid.tensor % groups):

@@ -11,10 +11,10 @@ is an error that can be told, not a SIGBUS; and memory stays what we ask for.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from btx_megatron.checkpoints.names import has_expert_axis, has_layer_axis
+from btx_megatron.checkpoints.open_files import OPEN_FILES
+from btx_megatron.checkpoints.scratch import contiguous, empty
 from btx_megatron.errors import UserError
 
 Index = tuple[int, ...]
@@ -79,8 +81,12 @@ class Target(Protocol):
 
 def indices_of(name: str, info: TensorInfo) -> list[Index]:
     """The parts of a weight, by its leading indices, in row-major order."""
-    axes = 2 if has_expert_axis(name) else 1 if has_layer_axis(name) else 0
-    return list(itertools.product(*(range(length) for length in info.shape[:axes])))
+    return list(itertools.product(*map(range, leading_shape(name, info))))
+
+
+def leading_shape(name: str, info: TensorInfo) -> tuple[int, ...]:
+    """How many layers, and experts, a weight is of: (), (layers,) or (layers, experts)."""
+    return info.shape[: 2 if has_expert_axis(name) else 1 if has_layer_axis(name) else 0]
 
 
 def part_info(info: TensorInfo, index: Index) -> TensorInfo:
@@ -120,50 +126,62 @@ def check_cover(pieces: Iterable[Piece], shape: tuple[int, ...], what: str) -> N
 
 
 class Files:
-    """The files of one folder, each opened once and shared by all threads; a context manager."""
+    """The files of one folder, shared by all threads: opened when they are asked for."""
 
     def __init__(self, folder: Path, flags: int = os.O_RDONLY) -> None:
         self.folder = folder
         self._flags = flags
-        self._open: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._owner = OPEN_FILES.new_owner(self)
+        self._used: set[str] = set()
 
-    def descriptor(self, file: str) -> int:
-        """The file, open. Raises UserError if one to read is missing, OSError if one cannot be written."""
-        with self._lock:
-            if file not in self._open:
-                try:
-                    self._open[file] = os.open(self.folder / file, self._flags, 0o666)
-                except OSError as error:
-                    if self._flags != os.O_RDONLY:  # the disk's fault, not the user's
-                        raise
-                    raise UserError(
-                        f"{self.folder / file}: cannot be opened ({error.strerror}); restore it"
-                    ) from None
-            return self._open[file]
+    @contextlib.contextmanager
+    def open(self, file: str) -> Iterator[int]:
+        """Its descriptor. Raises UserError if one to read is missing, OSError if one cannot be written."""
+        self._used.add(file)
+        with contextlib.ExitStack() as stack:
+            try:
+                lent = OPEN_FILES.lent(self._owner, self.folder / file, self._flags)
+                descriptor = stack.enter_context(lent)
+            except OSError as error:
+                if self._flags != os.O_RDONLY:  # the disk's fault, not the user's
+                    raise
+                raise UserError(
+                    f"{self.folder / file}: cannot be opened ({error.strerror}); restore it"
+                ) from None
+            yield descriptor
 
     def preallocate(self, file: str, length: int) -> None:
         """Make a file in its whole length, so that a full disk shows before the work. Raises OSError."""
-        if length:
-            os.posix_fallocate(self.descriptor(file), 0, length)
+        with self.open(file) as descriptor:
+            if length:
+                os.posix_fallocate(descriptor, 0, length)
 
-    def write(self, file: str, offset: int, content: bytes) -> None:
+    def write(self, file: str, offset: int, content: bytes | memoryview) -> None:
         """Write bytes at a place."""
         done = 0
-        while done < len(content):
-            done += os.pwrite(self.descriptor(file), content[done:], offset + done)
+        with self.open(file) as descriptor:
+            while done < len(content):
+                done += os.pwrite(descriptor, content[done:], offset + done)
+
+    def read(self, file: str, offset: int, into: memoryview) -> None:
+        """Fill memory with what lies at a place. Raises UserError where the file ends before."""
+        done = 0
+        with self.open(file) as descriptor:
+            while done < len(into):
+                count = os.preadv(descriptor, [into[done:]], offset + done)
+                if count == 0:
+                    raise UserError(f"{self.folder / file}: ends too early, it is cut short; restore it")
+                done += count
 
     def close(self) -> None:
         """Close all files."""
-        with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
-            self._open.clear()
+        OPEN_FILES.close(self._owner)
 
     def sync(self) -> None:
         """Bring all files to disk."""
-        for descriptor in self._open.values():
-            os.fsync(descriptor)
+        for file in sorted(self._used):
+            with self.open(file) as descriptor:
+                os.fsync(descriptor)
 
 
 def read_part(source: Source, name: str, index: Index) -> Tensor:
@@ -180,7 +198,7 @@ def read_rows(files: Files, pieces: Iterable[Piece], info: TensorInfo, start: in
     ``info`` is the part's own shape and dtype. Raises UserError, naming the file, where bytes are missing.
     """
     _, cols = matrix_shape(info.shape)
-    out = torch.empty((stop - start, cols), dtype=info.dtype)
+    out = empty((stop - start, cols), info.dtype)
     for piece in pieces:
         first, last = max(start, piece.row), min(stop, piece.row + piece.rows)
         if first >= last:
@@ -190,7 +208,7 @@ def read_rows(files: Files, pieces: Iterable[Piece], info: TensorInfo, start: in
         offset = piece.offset + (first - piece.row) * stride * info.dtype.itemsize
         whole = target.is_contiguous() and stride == piece.cols
         elements = (last - first - 1) * stride + piece.cols
-        block = target if whole else torch.empty(elements, dtype=info.dtype)
+        block = target if whole else empty((elements,), info.dtype)
         _read_into(files, piece.file, offset, block)
         if not whole:
             target.copy_(block.as_strided((last - first, piece.cols), (stride, 1)))
@@ -209,9 +227,9 @@ def write_rows(files: Files, pieces: Iterable[Piece], start: int, block: Tensor)
         if first >= last:
             continue
         assert piece.stride is None  # what we write follows one another
-        source = matrix[first - start : last - start, piece.col : piece.col + piece.cols].contiguous()
+        source = contiguous(matrix[first - start : last - start, piece.col : piece.col + piece.cols])
         offset = piece.offset + (first - piece.row) * piece.cols * block.dtype.itemsize
-        _write_from(files, piece.file, offset, source)
+        files.write(piece.file, offset, bytes_of(source))
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -220,15 +238,4 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _read_into(files: Files, file: str, offset: int, block: Tensor) -> None:
-    view, descriptor, done = bytes_of(block), files.descriptor(file), 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            raise UserError(f"{files.folder / file}: ends too early, it is cut short; restore it")
-        done += count
-
-
-def _write_from(files: Files, file: str, offset: int, block: Tensor) -> None:
-    view, descriptor, done = bytes_of(block), files.descriptor(file), 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
+    files.read(file, offset, bytes_of(block))

@@ -96,10 +96,44 @@ def _entry(file: str, begin: int, entry: dict[str, Any]) -> Stored:
     return stored
 
 
+def read_headers(folder: Path, index: str, single: str) -> dict[str, Stored]:
+    """The tensors of a model by name: of the files that its index names, or of the single file without one.
+
+    Raises UserError for a file that is missing or damaged, and for a tensor that two files hold, those beside
+    the named ones too: another program may read the other one.
+    """
+    names = shard_names(folder / index) if (folder / index).exists() else [single]
+    stored: dict[str, Stored] = {}
+    for name in names:
+        found = read_header(folder, name)
+        _check_once(folder, stored, found)
+        stored |= found
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in names:
+            _check_once(folder, stored, _any_header(folder, path.name))
+    return stored
+
+
+def _any_header(folder: Path, name: str) -> dict[str, Stored]:
+    """The tensors of a file that need not be read; none where it is none of ours."""
+    try:
+        return read_header(folder, name)
+    except UserError:
+        return {}
+
+
+def _check_once(folder: Path, stored: Mapping[str, Stored], more: Mapping[str, Stored]) -> None:
+    for name in sorted(set(stored) & set(more)):
+        raise UserError(
+            f"{folder}: {name} lies in {stored[name].file} and in {more[name].file}; delete the one that is "
+            "not the model's"
+        )
+
+
 def shard_names(index: Path) -> list[str]:
     """The files that an index (``model.safetensors.index.json``) names. Raises UserError."""
     weight_map = read_json(index).get("weight_map")
     files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
     if not files or not all(isinstance(file, str) for file in files):
         raise UserError(f"{index}: its weight_map does not name a file for every tensor; restore it")
-    return sorted(files)
+    return sorted({Path(file).name for file in files})

@@ -7,7 +7,8 @@ a rule that needs a whole part at once says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,20 +27,24 @@ from btx_megatron.checkpoints.pieces import (
     check_cover,
     dtype_name,
     indices_of,
+    leading_shape,
     matrix_shape,
     part_info,
     read_rows,
     write_rows,
 )
+from btx_megatron.checkpoints.scratch import as_dtype, contiguous, keep_buffers, return_freed_memory
 from btx_megatron.errors import UserError
 from btx_megatron.runtime.cores import available_cores
 
-BLOCK_BYTES = 8 << 20
-"""Bytes that one thread makes at once."""
+BLOCK_BYTES, SMALLEST_BLOCK = 1 << 20, 64 << 10
+"""Bytes of the result that a thread makes at once. What it takes of the cache decides: 8 MB are slower."""
 
-BUFFERS, BUFFERS_WHOLE = 6, 18
-"""Copies of a block (its own type) that a thread holds: the sum in fp32, a source, the result; of a whole
-part where TIES works on it."""
+OWN_COPIES = 3
+"""Copies of a block, in its own type, that a thread holds: a source's, one in another order, the result."""
+PROCESS_BYTES, PART_BYTES = 64 << 20, 8 << 10
+"""What a mix takes beside its blocks, measured with room: in all (40 MB of it are modules of torch that only
+torch_dist's index needs), and for each part (its places in the files, its hash, the job)."""
 
 Rows = Callable[[int, int], Tensor]
 """Rows ``start`` to ``stop`` of a part: [stop - start, cols], or [stop - start] of a vector."""
@@ -61,6 +66,8 @@ class PlannedTensor:
     """The rows of the part at leading indices (layer, expert)."""
     whole: bool = False
     """The rule needs all rows of a part at once."""
+    wide: float = 8
+    """Bytes an entry that the rule holds beside ``OWN_COPIES``: by default two fp32 copies."""
 
 
 class NotFinite(UserError):
@@ -88,7 +95,7 @@ class PartHash:
 
     def update(self, block: Tensor) -> None:
         """Feed the next rows."""
-        self._hash.update(bytes_of(block.contiguous()))
+        self._hash.update(bytes_of(contiguous(block)))
 
     def digest(self) -> bytes:
         """16 bytes."""
@@ -132,34 +139,57 @@ class Effort:
     workers: int = 0
     """Threads; 0: one a core."""
     max_memory: int | None = None
-    """Bytes that all buffers together may take; None: no bound beyond a few blocks a thread."""
+    """Bytes by which the process may grow; None: no bound beyond what blocks of the usual size take."""
 
-    def fit(self, plan: list[PlannedTensor]) -> tuple[int, int]:
-        """Threads, and bytes of a block. Raises UserError where a rule needs more than there may be."""
-        threads = self.workers or available_cores()
-        if self.max_memory is None:
-            return threads, BLOCK_BYTES
-        whole = [tensor for tensor in plan if tensor.whole]
-        if whole:
-            largest = max(whole, key=lambda tensor: part_bytes(tensor))
-            need = part_bytes(largest) * BUFFERS_WHOLE
-            if need > self.max_memory:
-                raise UserError(
-                    f"--max-memory {self.max_memory}: {largest.name} ({largest.rule}) is made whole, which "
-                    f"takes about {need} bytes; raise it, or choose another rule"
-                )
-            threads = min(threads, self.max_memory // need)
-        block = min(BLOCK_BYTES, self.max_memory // (threads * BUFFERS))
-        return threads, max(1, block)
+    def fit(self, plan: Sequence[PlannedTensor]) -> tuple[int, int]:
+        """Threads, and bytes of a block. Raises UserError where a rule needs more than there may be.
+
+        Smaller blocks come before fewer threads: they cost less.
+        """
+        threads, block = self.workers or available_cores(), BLOCK_BYTES
+        while self.max_memory is not None and peak_bytes(plan, threads, block) > self.max_memory:
+            if block > SMALLEST_BLOCK:
+                block //= 2
+            elif threads > 1:
+                threads -= 1
+            else:
+                raise UserError(self._too_little(plan))
+        return threads, block
+
+    def _too_little(self, plan: Sequence[PlannedTensor]) -> str:
+        largest = max(plan, key=lambda tensor: job_bytes(tensor, SMALLEST_BLOCK))
+        whole = ", which is made whole" if largest.whole else ""
+        return (
+            f"--max-memory {self.max_memory}: this takes {peak_bytes(plan, 1, SMALLEST_BLOCK)} bytes at "
+            f"least, most of it for {largest.name} ({largest.rule}){whole}; raise it, or choose another rule"
+        )
 
 
 NO_BOUND = Effort()
 
 
-def part_bytes(tensor: PlannedTensor) -> int:
-    """Bytes of the largest part of a weight."""
-    index = indices_of(tensor.name, tensor.info)[0]
-    return torch.Size(part_info(tensor.info, index).shape).numel() * tensor.info.dtype.itemsize
+def job_bytes(tensor: PlannedTensor, block: int) -> int:
+    """Bytes that a thread holds while it makes a part of a weight, ``block`` bytes of it in one go."""
+    rows, cols = matrix_shape(part_info(tensor.info, leading_shape(tensor.name, tensor.info)).shape)
+    own = tensor.info.dtype.itemsize
+    made = rows if tensor.whole else min(rows, block_rows(cols * own, block))
+    return math.ceil(made * cols * (OWN_COPIES * own + tensor.wide))
+
+
+def peak_bytes(plan: Sequence[PlannedTensor], threads: int, block: int) -> int:
+    """Bytes by which the process grows at most: the largest jobs that can run at once, and the plan's own."""
+    jobs: list[int] = []
+    parts = 0
+    for tensor in plan:
+        count = math.prod(leading_shape(tensor.name, tensor.info))
+        jobs += [job_bytes(tensor, block)] * min(count, threads)
+        parts += count
+    return PROCESS_BYTES + PART_BYTES * parts + sum(sorted(jobs)[-threads:])
+
+
+def block_rows(row_bytes: int, block: int) -> int:
+    """Rows of a block: one at least."""
+    return max(1, block // max(1, row_bytes))
 
 
 def stream(
@@ -182,7 +212,8 @@ def _run(
     jobs = [(tensor, index) for tensor in plan for index in indices_of(tensor.name, tensor.info)]
     digests: dict[tuple[str, Index], bytes] = {}
     threads, block = effort.fit(plan)
-    with ThreadPoolExecutor(threads) as pool:
+    return_freed_memory()
+    with ThreadPoolExecutor(threads, initializer=keep_buffers) as pool:
         futures = {pool.submit(_make_part, *job, target, block): job for job in jobs}
         waiting = set(futures)
         try:
@@ -212,14 +243,15 @@ def _entry(tensor: PlannedTensor, digests: dict[tuple[str, Index], bytes]) -> di
 def _make_part(tensor: PlannedTensor, index: Index, target: Target, block_bytes: int) -> bytes:
     info, make, pieces = part_info(tensor.info, index), tensor.make(index), target.pieces(tensor.name, index)
     rows, cols = matrix_shape(info.shape)
-    step = rows if tensor.whole else max(1, block_bytes // max(1, cols * info.dtype.itemsize))
+    step = rows if tensor.whole else block_rows(cols * info.dtype.itemsize, block_bytes)
     digest = PartHash()
     for start in range(0, rows, step):
-        block = make(start, min(rows, start + step)).to(info.dtype).contiguous()
+        block = as_dtype(make(start, min(rows, start + step)), info.dtype)
         if not is_finite(block):
             raise NotFinite(tensor.name, index, tensor.inputs)
         write_rows(target.files, pieces, start, block)
         digest.update(block)
+        del block  # before the next is made
     return digest.digest()
 
 
@@ -273,12 +305,19 @@ class Watched:
             parts = []
             for index in indices_of(name, info):
                 if (name, index) not in self._digests:
-                    rows_of(self, name, index)(0, part_info(info, index).shape[0])
+                    self._read(name, index)
                 parts.append(self._digests[name, index])
             whole.update(
                 f"{name} {list(info.shape)} {dtype_name(info.dtype)} {tensor_hash(parts)}\n".encode()
             )
         return whole.hexdigest()
+
+    def _read(self, name: str, index: Index) -> None:
+        rows, cols = matrix_shape(part_info(self.tensors[name], index).shape)
+        step = block_rows(cols * self.tensors[name].dtype.itemsize, BLOCK_BYTES)
+        read = rows_of(self, name, index)
+        for start in range(0, rows, step):
+            read(start, min(rows, start + step))
 
 
 def copy_plan(source: Source) -> list[PlannedTensor]:
@@ -288,7 +327,9 @@ def copy_plan(source: Source) -> list[PlannedTensor]:
     def rows(name: str) -> Callable[[Index], Rows]:
         return lambda index: rows_of(source, name, index)
 
-    return [PlannedTensor(name, info, "copy", where, rows(name)) for name, info in source.tensors.items()]
+    return [
+        PlannedTensor(name, info, "copy", where, rows(name), wide=0) for name, info in source.tensors.items()
+    ]
 
 
 def hash_parts(source: Source) -> dict[str, dict[Index, bytes]]:

@@ -57,13 +57,17 @@ def write_tracker(folder: Path, name: str) -> None:
     write_durably(folder / TRACKER, name)
 
 
-def prune(folder: Path, iteration: int, keep: int) -> None:
-    """Keep the last ``keep`` checkpoints up to ``iteration``, the latest one.
+def prune(folder: Path, iteration: int, keep: int, retain_interval: int | None = None) -> None:
+    """Keep the last ``keep`` checkpoints up to ``iteration``, the latest one, and every
+    ``retain_interval``-th step.
 
     What lies beyond it was left by a save that never ended, of a run that then went on from before.
     """
     steps = {int(path.name.removeprefix("iter_")): path for path in folder.glob("iter_*")}
-    kept = sorted(step for step in steps if step <= iteration)[-keep:]
+    whole = sorted(step for step in steps if step <= iteration)
+    kept = set(whole[-keep:])
+    if retain_interval is not None:
+        kept |= {step for step in whole if step % retain_interval == 0}
     for step, path in steps.items():
         if step not in kept:
             shutil.rmtree(path)

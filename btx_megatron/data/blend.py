@@ -20,9 +20,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from btx_megatron.data.folder import read_statistics, token_prefix
 from btx_megatron.data.indexed import IndexedTokens
-from btx_megatron.data.prepare import read_statistics, token_prefix, tokenizer_path
-from btx_megatron.data.tokenizer import Tokenizer
+from btx_megatron.data.prepare import tokenizer_path
+from btx_megatron.data.tokenizer import open_tokenizer
+from btx_megatron.data.weights import source_weights
 from btx_megatron.errors import UserError
 from btx_megatron.recipe import Domain
 
@@ -67,7 +69,7 @@ class TrainingSamples:
             "random_seed": random_seed,
             "sequence_length": seq_length,
             "path_to_cache": str(cache),
-            "tokenizer": Tokenizer(tokenizer_path(data_folder)),
+            "tokenizer": open_tokenizer(tokenizer_path(data_folder)),
             "mid_level_dataset_surplus": surplus(list(weights.values()), num_samples),
         }
         prefixes = [str(token_prefix(data_folder, "train", *key)) for key in weights]
@@ -109,37 +111,46 @@ def batches(
     ``loss_mask`` float [b, s], all 1; ``sample_index`` LongTensor [b], the number of each sample in
     the training order; ``step`` int.
     """
+    options = (consumed_samples, micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size)
+    for step, numbers in sample_numbers(len(samples), *options):
+        items = [samples[i] for i in numbers]
+        tokens = torch.stack([item["tokens"] for item in items])
+        labels = torch.stack([item["labels"] for item in items])
+        yield micro_batch(tokens, labels, numbers, step)
+
+
+def sample_numbers(
+    count: int,
+    consumed_samples: int,
+    micro_batch_size: int,
+    global_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> Iterator[tuple[int, range]]:
+    """Step and sample numbers of each micro-batch of a rank; see batches. Every loader goes by it."""
     across = micro_batch_size * data_parallel_size
     if global_batch_size % across or consumed_samples % global_batch_size:
         raise ValueError(
             f"consumed_samples {consumed_samples} must be whole batches of {global_batch_size}, and these "
             f"whole micro-batches of {micro_batch_size} x {data_parallel_size}"
         )
-    for step in range(consumed_samples // global_batch_size, len(samples) // global_batch_size):
+    for step in range(consumed_samples // global_batch_size, count // global_batch_size):
         for first in range(step * global_batch_size, (step + 1) * global_batch_size, across):
             mine = first + data_parallel_rank * micro_batch_size
-            yield _micro_batch(samples, range(mine, mine + micro_batch_size), step)
+            yield step, range(mine, mine + micro_batch_size)
 
 
-def source_weights(domains: list[Domain], blend: dict[str, float]) -> dict[tuple[str, str], float]:
-    """Sampling weight of each (domain, source) that is drawn at all; they sum to 1.
-
-    Raises UserError for a domain that does not exist and for weights that leave nothing to draw.
-    """
-    unknown = set(blend) - {domain.name for domain in domains}
-    if unknown:
-        raise UserError(f"blend: no domain '{min(unknown)}'; there are {', '.join(d.name for d in domains)}")
-    weights: dict[tuple[str, str], float] = {}
-    for domain in domains:
-        total = sum(source.weight for source in domain.sources)
-        for source in domain.sources:
-            share = blend.get(domain.name, 0.0) * source.weight
-            if share > 0:
-                weights[domain.name, source.name] = share / total
-    if not weights:
-        raise UserError(f"blend {blend}: every weight is 0; give a domain with text a positive one")
-    whole = sum(weights.values())
-    return {key: weight / whole for key, weight in weights.items()}
+def micro_batch(tokens: torch.Tensor, labels: torch.Tensor, numbers: range, step: int) -> dict[str, Any]:
+    """One micro-batch, made where its tokens lie; see batches."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "loss_mask": torch.ones(tokens.shape, dtype=torch.float, device=tokens.device),
+        "position_ids": positions.expand(tokens.shape).contiguous(),
+        "sample_index": torch.tensor(numbers),
+        "step": step,
+    }
 
 
 def surplus(weights: list[float], num_samples: int) -> float:
@@ -169,19 +180,6 @@ def remove_broken_arrays(cache: Path) -> None:
             np.load(path, mmap_mode="r")
         except (ValueError, EOFError):
             path.unlink()
-
-
-def _micro_batch(samples: Samples, indices: range, step: int) -> dict[str, Any]:
-    items = [samples[i] for i in indices]
-    tokens = torch.stack([item["tokens"] for item in items])
-    return {
-        "tokens": tokens,
-        "labels": torch.stack([item["labels"] for item in items]),
-        "loss_mask": torch.ones(tokens.shape, dtype=torch.float),
-        "position_ids": torch.arange(tokens.shape[1]).expand(tokens.shape).contiguous(),
-        "sample_index": torch.tensor(indices),
-        "step": step,
-    }
 
 
 def _prepared_sources(data_folder: Path, keys: list[tuple[str, str]]) -> list[dict[str, Any]]:

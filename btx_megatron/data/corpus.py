@@ -1,8 +1,9 @@
 """Documents: what a source of the recipe names, found, ordered, read and counted.
 
-A source's documents are found as names only (``locate``) and then read once (``collect``), in an
-order that depends on nothing but their names and ``data.random_seed``: the names are sorted by a
-keyed hash, so the order is the same on every machine and a new file does not reshuffle the others.
+A source's files are found as names only (``locate``) and then read once (``collect``), in an order that
+depends on nothing but their names and ``data.random_seed``: the names are sorted by a keyed hash, so the
+order is the same on every machine and a new file does not reshuffle the others. A file is one document;
+one of JSON lines or Parquet holds many, which stay in the file's order (Megatron shuffles the samples).
 
 Reading once tells what only the text can tell: not UTF-8, empty, the same text as an earlier
 document. The text itself is not kept, so a corpus may be larger than memory: whoever needs it reads
@@ -20,8 +21,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal, NamedTuple
 
+from btx_megatron.data import records as limits
 from btx_megatron.data.docstrings import module_docstrings, module_name
+from btx_megatron.data.document import READERS, Document, Place, RecordFormat, read_bytes, text_digest
+from btx_megatron.data.json_lines import PACKED
+from btx_megatron.data.records import Record, too_large
 from btx_megatron.data.workers import Workers
 from btx_megatron.errors import UserError
 from btx_megatron.recipe import Data, Source
@@ -29,32 +35,14 @@ from btx_megatron.recipe import Data, Source
 
 @dataclass(frozen=True)
 class Located:
-    """A document that was found but not read: its name within the source, and its file."""
+    """A file that was found but not read: its name within the source, and how to read it."""
 
     name: str
     path: Path
-    docstrings: bool = False
-
-
-@dataclass(frozen=True)
-class Document:
-    """A document that was read once. ``size``: bytes of UTF-8; ``digest``: hash of the text."""
-
-    name: str
-    path: Path
-    size: int
-    digest: bytes
-    kept_text: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The text. Raises UserError if the file is no longer what was counted and split."""
-        if self.kept_text is not None:
-            return self.kept_text
-        raw = _read_bytes(self.path)
-        if text_digest(raw) != self.digest:
-            raise UserError(f"{self.path}: changed while the data was being prepared; run it again")
-        return raw.decode("utf-8")
+    format: Literal["text", "docstrings"] | RecordFormat = "text"
+    text_key: str = ""
+    size: int = 0
+    """Bytes of the file."""
 
 
 @dataclass
@@ -63,11 +51,32 @@ class Collection:
 
     documents: list[Document] = field(default_factory=list)
     skipped: int = 0
-    """Not UTF-8 (or, for docstrings, not Python), with ``on_bad_document: skip``."""
+    """Bad ones (not UTF-8, not JSON, without the key, ...), with ``on_bad_document: skip``."""
     empty: int = 0
-    """Without text: an empty file, a module without docstrings."""
+    """Without text: an empty file or line, a null, a module without docstrings."""
     duplicates: int = 0
     """The same text as an earlier document of this source."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one task reads: a file, or the records that begin in a range of it."""
+
+    located: Located
+    start: int = 0
+    stop: int = 0
+    ends_file: bool = True
+
+
+class _Problem(NamedTuple):
+    """Why a document cannot be taken. ``record``: its number within the part, None for a whole file."""
+
+    record: int | None
+    why: str
+
+
+_Outcome = Document | _Problem | None
+"""None: a document without text."""
 
 
 def where(domain: str, source: Source) -> str:
@@ -76,7 +85,7 @@ def where(domain: str, source: Source) -> str:
 
 
 def locate(source: Source, domain: str, random_seed: int) -> list[Located]:
-    """Documents of ``source`` in their final order, unread.
+    """Files of ``source`` in their final order, unread.
 
     Raises UserError for a path that is missing, a package that is not installed, or patterns that
     match nothing.
@@ -86,9 +95,11 @@ def locate(source: Source, domain: str, random_seed: int) -> list[Located]:
     wanted = [(name, path) for name, path in files if _is_wanted(name, source)]
     if docstrings:
         modules = [path for _, path in wanted if path.suffix == ".py"]
-        found = [Located(module_name(root, path), path, docstrings=True) for path in modules]
+        found = [Located(module_name(root, path), path, "docstrings", size=_size(path)) for path in modules]
     else:
-        found = [Located(name, path) for name, path in wanted]
+        found = [
+            Located(name, path, _format(path, source), source.text_key, _size(path)) for name, path in wanted
+        ]
     if not found:
         raise UserError(
             f"{where(domain, source)}: none of the {len(files)} files of {source.path} is a document; "
@@ -107,12 +118,12 @@ def collect(
 ) -> Collection:
     """Read documents in order until ``source.max_bytes`` of text is reached.
 
-    ``progress`` is told how many of ``found`` are done. Raises UserError, naming file and byte, for a
-    document that cannot be read under ``on_bad_document: stop``, and for a source without any text.
+    ``progress`` is told how many bytes of the files are done. Raises UserError, naming file and line or
+    byte, for a document that cannot be read under ``on_bad_document: stop``, and for a source without
+    any text.
     """
     collection, size, seen = Collection(), 0, set[bytes]()
-    for done, (document, problem) in enumerate(_read_all(found, workers), start=1):
-        progress(done)
+    for document, problem in _read_all(found, workers, progress):
         if problem is not None:
             if data.on_bad_document == "stop":
                 raise UserError(f"{where(domain, source)}: {problem}, or set data.on_bad_document=skip")
@@ -135,9 +146,20 @@ def collect(
     return collection
 
 
-def text_digest(raw: bytes) -> bytes:
-    """Hash that stands for a text: equal texts have equal hashes."""
-    return hashlib.blake2b(raw, digest_size=16).digest()
+def _format(path: Path, source: Source) -> Literal["text"] | RecordFormat:
+    """As the recipe says, or by the file's name."""
+    if source.format != "auto":
+        return source.format
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes[-1:] == [".parquet"]:
+        return "parquet"
+    if suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return "jsonl" if suffixes[-1:] == [".jsonl"] else "text"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0  # a broken link fails when it is read
 
 
 def _root(source: Source, domain: str) -> tuple[Path, bool]:
@@ -216,33 +238,78 @@ def _keyed_hash(random_seed: int, name: str) -> bytes:
     return hashlib.blake2b(f"{random_seed}/".encode() + os.fsencode(name), digest_size=16).digest()
 
 
-def _read_all(found: Iterable[Located], workers: Workers) -> Iterator[tuple[Document | None, str | None]]:
-    """One pair (document or None where there is no text, problem or None) a located document."""
+def _read_all(
+    found: Iterable[Located], workers: Workers, progress: Callable[[int], None]
+) -> Iterator[tuple[Document | None, str | None]]:
+    """One pair (document or None where there is no text, problem or None) a document, in order."""
     found = list(found)
-    parse = any(document.docstrings for document in found)
-    return workers.map(_read, found) if parse else map(_read, found)
+    apart = any(located.format != "text" for located in found)  # one read of a file is not worth a task
+    parts = (part for located in found for part in _parts(located))
+    results = workers.map(_read, parts) if apart else map(_read, parts)
+    records = done = 0
+    for part, outcomes in results:
+        for outcome in outcomes:
+            if isinstance(outcome, _Problem):
+                line = "" if outcome.record is None else f":{records + outcome.record}"
+                yield None, f"{part.located.path}{line} {outcome.why}"
+            else:
+                yield outcome, None
+        if part.ends_file:
+            records, done = 0, done + part.located.size
+            progress(done)
+        else:
+            records += len(outcomes)
+            progress(done + (part.stop if part.located.format == "jsonl" else 0))  # rows are no bytes
 
 
-def _read(located: Located) -> tuple[Document | None, str | None]:
-    raw = _read_bytes(located.path)
+def _parts(located: Located) -> Iterator[_Part]:
+    if located.format in ("text", "docstrings"):
+        yield _Part(located)
+        return
+    ranges = READERS[located.format].parts(located.path)
+    for start, stop in ranges:
+        yield _Part(located, start, stop, ends_file=stop == ranges[-1][1])
+
+
+def _read(part: _Part) -> tuple[_Part, list[_Outcome]]:
+    located = part.located
+    if located.format in ("text", "docstrings"):
+        return part, [_read_file(located)]
+    records = READERS[located.format].records(located.path, located.text_key, part.start, part.stop)
+    return part, [_from_record(located, record, number) for number, record in enumerate(records, start=1)]
+
+
+def _read_file(located: Located) -> _Outcome:
+    if located.size > limits.MAX_DOCUMENT_BYTES:
+        return _Problem(None, too_large(located.size))
+    raw = read_bytes(located.path)
     kept_text = None
-    if located.docstrings:
+    if located.format == "docstrings":
         try:
             kept_text = module_docstrings(raw)
         except ValueError as error:
-            return None, f"{located.path} is not a Python module ({error}); leave it out with exclude"
+            return _Problem(None, f"is not a Python module ({error}); leave it out with exclude")
         raw = kept_text.encode("utf-8")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        return None, f"{located.path} is not UTF-8 text (byte {error.start}); convert it"
+        return _Problem(None, f"is not UTF-8 text (byte {error.start}); convert it")
     if not text.strip():
-        return None, None
-    return Document(located.name, located.path, len(raw), text_digest(raw), kept_text), None
+        return None
+    return Document(located.name, located.path, len(raw), text_digest(raw), kept_text)
 
 
-def _read_bytes(path: Path) -> bytes:
+def _from_record(located: Located, record: Record, number: int) -> _Outcome:
+    if record.text is None:
+        return _Problem(number, record.problem or "cannot be read")
+    if not record.text or record.text.isspace():
+        return None
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend or exclude it") from None
+        raw = record.text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud800"
+        return _Problem(number, f"is not UTF-8 text (half a pair of surrogates at {error.start}); mend it")
+    if len(raw) > limits.MAX_DOCUMENT_BYTES:
+        return _Problem(number, too_large(len(raw)))
+    assert located.format in ("jsonl", "parquet")
+    place = Place(located.format, located.text_key, record.start, record.length)
+    return Document(located.name, located.path, len(raw), text_digest(raw), place=place)

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from btx_megatron.data.folder import read_statistics, token_prefix
 from btx_megatron.data.indexed import IndexedTokens, Tokens
-from btx_megatron.data.prepare import read_statistics, token_prefix
 from btx_megatron.errors import UserError
 
 Window = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]

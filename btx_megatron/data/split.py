@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from btx_megatron.data.corpus import Document
+from btx_megatron.data.document import Document
 
 
 @dataclass(frozen=True)

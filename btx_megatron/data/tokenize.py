@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from btx_megatron.data.corpus import Document
+from btx_megatron.data.document import Document
 from btx_megatron.data.indexed import IndexedWriter, Tokens, token_dtype
-from btx_megatron.data.tokenizer import Tokenizer, cached_tokenizer
+from btx_megatron.data.tokenizer import cached_tokenizer, open_tokenizer
 from btx_megatron.data.workers import Workers
 
 TASK_BYTES = 512 * 1024
@@ -50,7 +50,7 @@ def tokenize(
     ``progress`` is told the bytes of text done so far. Raises UserError for a document that can no
     longer be read as it was.
     """
-    model = Tokenizer(tokenizer)
+    model = open_tokenizer(tokenizer)
     dtype = token_dtype(model.vocab_size)
     tasks = (_Task(run, tokenizer, model.sha256, dtype) for run in _runs(documents))
     count = size = total = 0

@@ -33,7 +33,7 @@ _WINDOWS_AT_ONCE = 4
 class Loaded:
     """A model that holds its weights."""
 
-    model: torch.nn.Module
+    model: list[torch.nn.Module]
     stage: Stage
     seq_length: int
 
@@ -46,9 +46,7 @@ def need_megatron(option: str) -> None:
 
 @contextmanager
 def loaded_model(plan: list[PlannedTensor], config: ModelConfig, seq_length: int) -> Iterator[Loaded]:
-    """The model of a plan, dense or a mixture. Raises UserError for a RoPE scaling."""
-    if config.rope_scaling is not None:
-        raise UserError(f"rope_scaling {dict(config.rope_scaling)} is not known to our models yet")
+    """The model of a plan, dense or a mixture. Raises UserError for a RoPE scaling other than Llama 3's."""
     tensors = {tensor.name: tensor.info for tensor in plan}
     rows = tensors[EMBEDDING].shape[0]
     experts = tensors[ROUTER].shape[1] if ROUTER in tensors else None
@@ -84,6 +82,7 @@ def _in_fp32(tensor: PlannedTensor) -> PlannedTensor:
 
 def _recipe(config: ModelConfig, seq_length: int) -> Recipe:
     """A recipe that builds the model; what a model does not depend on is left as it is."""
+    factor = config.rope_scaling_factor()
     model = Model(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -93,6 +92,8 @@ def _recipe(config: ModelConfig, seq_length: int) -> Recipe:
         kv_channels=config.kv_channels,
         seq_length=seq_length,
         rotary_base=config.rotary_base,
+        use_rope_scaling=factor is not None,
+        rope_scaling_factor=factor or 8.0,
         norm_epsilon=config.norm_epsilon,
         untie_embeddings_and_output_weights=not config.tied,
     )

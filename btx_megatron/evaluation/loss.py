@@ -8,7 +8,7 @@ windows (mask 0), since ranks that share experts must meet in every layer.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from btx_megatron.runtime import ranks
 from btx_megatron.runtime.progress import Progress
 
 MOE_ROWS = ("merged", "btx")
+Model = Sequence[torch.nn.Module]  # the chunks of this rank
 Windows = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
@@ -51,7 +52,7 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
     windows = {name: _windows(job, name) for name in recipe.domain_names}
     rows = rows_of(recipe)
     progress = Progress(job.work_folder) if torch.distributed.get_rank() == 0 else None
-    models: dict[int | None, torch.nn.Module] = {}
+    models: dict[int | None, Model] = {}
     losses: dict[str, dict[str, float]] = {}
     routing: list[list[list[float]]] = []
     for done, (row, made_by) in enumerate(rows.items()):
@@ -81,27 +82,25 @@ def _windows(job: Job, domain: str) -> Windows:
     return list(held_out_windows(job.data_folder, domain, job.recipe.model.seq_length, limit))
 
 
-def held_out_loss(model: torch.nn.Module, windows: Windows, stage: Stage, sequence: int) -> float:
+def held_out_loss(model: Model, windows: Windows, stage: Stage, sequence: int) -> float:
     """Mean loss in nats a token over all windows, equal on all ranks; the model in any layout."""
     from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from btx_megatron.training.trainer import evaluating, forward_step, sum_over_ranks
+    from btx_megatron.training.trainer import evaluating, run_micro_batches, sum_over_ranks
 
     size, dp = stage.training.micro_batch_size, parallel_state.get_data_parallel_world_size()
-    count = -(-len(windows) // (size * dp))
+    count = _next_multiple(len(windows), size * dp) // (size * dp)
+    if len(model) > 1:  # an interleaved pipeline takes micro-batches in groups
+        count = _next_multiple(count, stage.layout.pipeline_model_parallel_size)
+    batches = _batches(windows, size, count, parallel_state.get_data_parallel_rank(), dp)
     with evaluating(model):
-        losses = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=_batches(windows, size, count, parallel_state.get_data_parallel_rank(), dp),
-            model=[model],
-            num_microbatches=count,
-            seq_length=sequence,
-            micro_batch_size=size,
-            forward_only=True,
-        )
+        losses = run_micro_batches(model, batches, count, stage, sequence, forward_only=True)
     loss, tokens = sum_over_ranks(losses)
     return loss / tokens
+
+
+def _next_multiple(count: int, of: int) -> int:
+    return -(-count // of) * of
 
 
 def _batches(windows: Windows, size: int, count: int, rank: int, dp: int) -> Iterator[dict[str, Any]]:
@@ -122,7 +121,7 @@ def _batches(windows: Windows, size: int, count: int, rank: int, dp: int) -> Ite
         }
 
 
-def take_routing_share(model: torch.nn.Module, num_layers: int) -> list[list[float]]:
+def take_routing_share(model: Model, num_layers: int) -> list[list[float]]:
     """[layers][experts] share of the routes that each expert took since the last call; [] if dense.
 
     Counted over all ranks, and over the tokens that the loss counts.

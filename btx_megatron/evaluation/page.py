@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from btx_megatron.estimate_flops import flops_text
 from btx_megatron.manifest import Manifest
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_checks import training_stages
@@ -27,8 +28,9 @@ def render_page(
         "(UTC). One run with one random seed: there are no error bars.",
         "## Held-out loss",
         f"Nats a token, every held-out token counted once ({held_out} tokens). `mean` is the plain mean over "
-        "the domains, *training tokens* what was spent on the model beyond the seed. The best of each column "
-        "is bold.",
+        "the domains; *training tokens* and *training FLOPs* are what was spent on the model beyond the seed "
+        "(FLOPs: the model's matrix products, forward and backward, with the causal half of attention). The "
+        "best of each column is bold.",
         loss_table(summary),
         "How `btx` stands, on the mean:",
         verdict(summary),
@@ -53,20 +55,21 @@ def render_page(
 
 
 def loss_table(summary: dict[str, Any]) -> str:
-    """Rows and columns of ``held_out_loss``, with the tokens that each row took."""
+    """Rows and columns of ``held_out_loss``, with the tokens and FLOPs that each row took."""
     losses: Losses = summary["held_out_loss"]
     columns = list(next(iter(losses.values())))
     best = {column: min(row[column] for row in losses.values()) for column in columns}
     lines = []
     for row, values in losses.items():
         cells = [f"**{v:.3f}**" if v == best[column] else f"{v:.3f}" for column, v in values.items()]
-        lines.append([f"`{row}`", *cells, f"{summary['tokens'][row]:,}"])
-    return _table(["model", *columns, "training tokens"], lines)
+        lines.append([f"`{row}`", *cells, f"{summary['tokens'][row]:,}", flops_text(summary["flops"][row])])
+    return _table(["model", *columns, "training tokens", "training FLOPs"], lines)
 
 
 def verdict(summary: dict[str, Any]) -> str:
     """One line for each other row: how much better or worse ``btx`` is, as it fell."""
     losses, tokens, parameters = summary["held_out_loss"], summary["tokens"], summary["parameters"]
+    flops = summary["flops"]
     lines = []
     for row, values in losses.items():
         if row == "btx":
@@ -77,7 +80,8 @@ def verdict(summary: dict[str, Any]) -> str:
             line += f"; on its own domain, {_compare(losses['btx'][domain], values[domain], 'it')}"
         if row == "dense":
             line += (
-                f", the seed trained on for {tokens['dense']:,} tokens (btx {tokens['btx']:,}); a token uses "
+                f", the seed trained on for {tokens['dense']:,} tokens and {flops_text(flops['dense'])} FLOPs (btx "
+                f"{tokens['btx']:,} and {flops_text(flops['btx'])}); a token uses "
                 f"{parameters['moe_active']:,} parameters of btx and {parameters['dense']:,} of dense"
             )
         lines.append(line + ".")

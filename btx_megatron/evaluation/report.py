@@ -3,8 +3,8 @@
 Nothing is measured here. The losses are those of ``evaluate``, times and tokens those of the stages'
 manifests, so a report can be written again at any time, on any machine, without Torch.
 
-A row's tokens are the training tokens spent to make that model, the seed's own left out because every
-row has them; a stage that several models share counts once within a row.
+A row's tokens and FLOPs are what training that model took, the seed's own left out because every row has
+them; a stage that several models share counts once within a row.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from btx_megatron.errors import UserError
 from btx_megatron.estimate import recipe_parameter_counts
+from btx_megatron.estimate_flops import flops_text, training_flops_per_token
 from btx_megatron.evaluation.page import render_page
-from btx_megatron.evaluation.rows import rows_of
+from btx_megatron.evaluation.rows import rows_of, spent_on
 from btx_megatron.manifest import Manifest
 from btx_megatron.recipe import SEED, Recipe
 from btx_megatron.recipe_checks import training_stages
@@ -85,7 +86,8 @@ def read_curves(recipe: Recipe, run_folder: Path) -> dict[str, list[tuple[int, f
     for stage in training_stages(recipe):
         path = RunFolder(run_folder).published(stage) / "losses.jsonl"
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        curves[stage] = [(record["tokens"], record["lm_loss"]) for record in records]
+        told = [(record["tokens"], record["lm_loss"]) for record in records]
+        curves[stage] = [(tokens, loss) for tokens, loss in told if loss is not None]  # of skipped steps
     return curves
 
 
@@ -93,7 +95,8 @@ def summarize(recipe: Recipe, evaluation: dict[str, Any], manifests: dict[str, M
     """The content of ``summary.json``; ``mean`` is the plain mean over domains."""
     return {
         "held_out_loss": {row: _with_mean(evaluation["held_out_loss"][row]) for row in rows_of(recipe)},
-        "tokens": {row: _tokens(row, recipe, manifests) for row in rows_of(recipe)},
+        "tokens": {row: sum(_tokens(row, recipe, manifests).values()) for row in rows_of(recipe)},
+        "flops": {row: _flops(row, recipe, manifests) for row in rows_of(recipe)},
         "stage_seconds": {stage: manifest.duration_seconds for stage, manifest in manifests.items()},
         "parameters": asdict(recipe_parameter_counts(recipe)),
     }
@@ -108,14 +111,14 @@ def rows_table(summary: dict[str, Any]) -> Table:
     best = {column: min(row[column] for row in losses.values()) for column in columns}
     table = Table(title="Held-out loss, nats a token", caption="bold: the best of a column")
     table.add_column("model")
-    for column in [*columns, "training tokens"]:
+    for column in [*columns, "training tokens", "FLOPs"]:
         table.add_column(column, justify="right")
     for row, values in losses.items():
         cells = [
             f"[bold green]{value:.3f}[/]" if value == best[column] else f"{value:.3f}"
             for column, value in values.items()
         ]
-        table.add_row(row, *cells, f"{summary['tokens'][row]:,}")
+        table.add_row(row, *cells, f"{summary['tokens'][row]:,}", flops_text(summary["flops"][row]))
     return table
 
 
@@ -123,7 +126,11 @@ def _with_mean(losses: dict[str, float]) -> dict[str, float]:
     return {**losses, MEAN: sum(losses.values()) / len(losses)}
 
 
-def _tokens(row: str, recipe: Recipe, manifests: dict[str, Manifest]) -> int:
-    experts = [f"expert:{name}" for name in recipe.domain_names]
-    stages = {SEED: [], "average": experts, "merged": experts, "btx": [*experts, "finetune"]}
-    return sum(manifests[stage].tokens or 0 for stage in stages.get(row, [row]))
+def _tokens(row: str, recipe: Recipe, manifests: dict[str, Manifest]) -> dict[str, int]:
+    """By stage; an imported one took none."""
+    return {stage: manifests[stage].tokens or 0 for stage in spent_on(recipe, row)}
+
+
+def _flops(row: str, recipe: Recipe, manifests: dict[str, Manifest]) -> float:
+    tokens = _tokens(row, recipe, manifests)
+    return sum((count * training_flops_per_token(recipe, stage) for stage, count in tokens.items()), 0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from btx_megatron.errors import UserError
@@ -17,8 +16,13 @@ def tokenizer_file(folder: Path, given: Path | None, option: str = "--tokenizer"
         if not given.is_file():
             raise UserError(f"{given}: no such file; name a tokenizer.json or a SentencePiece model")
         return given
-    beside = [folder / "tokenizer.json", folder / "tokenizer.model"]
-    of_run = [parent / "data" / "tokenizer" / "tokenizer.model" for parent in folder.absolute().parents]
+    places = [folder, folder.parent / "tokenizer"]  # of Hugging Face, of Megatron
+    beside = [place / name for place in places for name in ("tokenizer.json", "tokenizer.model")]
+    of_run = [
+        parent / "data" / "tokenizer" / name
+        for parent in folder.absolute().parents
+        for name in ("tokenizer.json", "tokenizer.model")
+    ]
     for path in (*beside, *of_run):
         if path.exists():
             return path
@@ -33,18 +37,9 @@ def encode_file(tokenizer: Path, text: Path) -> list[int]:
         raise UserError(f"{text}: cannot be read ({error.strerror}); name a text file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{text}: not UTF-8 (byte {error.start}); name a text file") from None
-    if tokenizer.suffix == ".json":
-        if find_spec("tokenizers") is None:
-            raise UserError(f"{tokenizer}: needs the package tokenizers; install the extra 'hf'")
-        import tokenizers
+    from btx_megatron.data.tokenizer import open_tokenizer
 
-        ids = list(
-            tokenizers.Tokenizer.from_file(str(tokenizer)).encode(content, add_special_tokens=False).ids
-        )
-    else:
-        from btx_megatron.data.tokenizer import Tokenizer
-
-        ids = Tokenizer(tokenizer).encode([content])[0]
+    ids = open_tokenizer(tokenizer).encode([content])[0]
     if len(ids) < 2:
         raise UserError(f"{text}: {len(ids)} tokens; a loss needs at least 2")
     return ids

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -41,33 +40,17 @@ def make_display() -> Display:
     return LiveDisplay() if sys.stdout.isatty() else PlainDisplay()
 
 
-@dataclass
-class Pace:
-    """Speed within a phase, measured from the first report on, so that a resumed stage is not flattered."""
+def pace(record: ProgressRecord) -> str:
+    """``1.9/s, 1:08 left, loss 3.210, 3,890 tokens/s``; what is not known yet is left out."""
+    parts = [record.text] if record.text else []
+    if record.rate is not None and record.seconds_left is not None:
+        parts = [f"{record.rate:.3g}/s", f"{clock(record.seconds_left)} left", *parts]
+    return ", ".join(parts)
 
-    first: ProgressRecord
-    last: ProgressRecord
 
-    @classmethod
-    def follow(cls, before: Pace | None, record: ProgressRecord) -> Pace:
-        """The pace with one report more; a new phase starts over."""
-        same = before is not None and before.first.phase == record.phase
-        return cls(before.first if before is not None and same else record, record)
-
-    @property
-    def rate(self) -> float | None:
-        """Units a second; None until there is something to measure."""
-        seconds, units = self.last.time - self.first.time, self.last.done - self.first.done
-        return units / seconds if seconds > 0 and units > 0 else None
-
-    @property
-    def text(self) -> str:
-        """``1.9/s, 1:08 left, loss 3.21``."""
-        parts = []
-        if self.rate:
-            left = (self.last.total - self.last.done) / self.rate
-            parts += [f"{self.rate:.3g}/s", f"{clock(left)} left"]
-        return ", ".join([*parts, self.last.text] if self.last.text else parts)
+def how_far(record: ProgressRecord) -> str:
+    """``training 30/100, 1.9/s, 1:08 left, ...``."""
+    return ", ".join(filter(None, [f"{record.phase} {record.done}/{record.total}", pace(record)]))
 
 
 def clock(seconds: float) -> str:
@@ -91,7 +74,7 @@ class PlainDisplay:
     """A line when a stage starts and ends, and every 30 seconds between."""
 
     def __init__(self) -> None:
-        self._paces: dict[str, Pace] = {}
+        self._last: dict[str, ProgressRecord] = {}
         self._spoken: dict[str, float] = {}
 
     def start(self, stage: str, detail: str) -> None:
@@ -99,15 +82,13 @@ class PlainDisplay:
         self.say(f"{stage}: started ({detail})")
 
     def progress(self, stage: str, record: ProgressRecord) -> None:
-        pace = self._paces[stage] = Pace.follow(self._paces.get(stage), record)
+        self._last[stage] = record
         if time.monotonic() - self._spoken[stage] >= _SECONDS_BETWEEN_LINES:
             self._spoken[stage] = time.monotonic()
-            text = f", {pace.text}" if pace.text else ""
-            self.say(f"{stage}: {record.phase} {record.done}/{record.total}{text}")
+            self.say(f"{stage}: {how_far(record)}")
 
     def end(self, stage: str, outcome: Outcome, seconds: float) -> None:
-        pace = self._paces.get(stage)
-        self.say(end_line(stage, outcome, seconds, pace.last if pace else None))
+        self.say(end_line(stage, outcome, seconds, self._last.get(stage)))
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -130,31 +111,29 @@ class LiveDisplay:
         detail = TextColumn("{task.fields[detail]}", markup=False)
         self._bars = Progress(name, BarColumn(), MofNCompleteColumn(), detail, auto_refresh=False)
         self._tasks: dict[str, TaskID] = {}
-        self._paces: dict[str, Pace] = {}
+        self._last: dict[str, ProgressRecord] = {}
 
     def start(self, stage: str, detail: str) -> None:
         self._tasks[stage] = self._bars.add_task(stage, total=None, detail=detail)
         self._bars.refresh()
 
     def progress(self, stage: str, record: ProgressRecord) -> None:
-        before = self._paces.get(stage)
-        if before and before.last == record:
+        if self._last.get(stage) == record:
             return
-        pace = self._paces[stage] = Pace.follow(before, record)
+        self._last[stage] = record
         self._bars.update(
             self._tasks[stage],
             description=f"{stage} {record.phase}",
             total=record.total,
             completed=record.done,
-            detail=pace.text,
+            detail=pace(record),
         )
         self._bars.refresh()
 
     def end(self, stage: str, outcome: Outcome, seconds: float) -> None:
         self._bars.remove_task(self._tasks.pop(stage))
         self._bars.refresh()
-        pace = self._paces.pop(stage, None)
-        self.say(end_line(stage, outcome, seconds, pace.last if pace else None))
+        self.say(end_line(stage, outcome, seconds, self._last.pop(stage, None)))
 
     def say(self, text: str) -> None:
         self._bars.console.print(text, markup=False, emoji=False, highlight=False)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import btx_megatron
+from btx_megatron.data.loader import check_installed
 from btx_megatron.errors import StageFailed, Stopped, UserError
 from btx_megatron.job import JOB_FILE, LAUNCH_FILES, LOG_FILE, PASSING_FILES, Job, read_job, write_job
 from btx_megatron.launch.display import Display, make_display
@@ -28,6 +29,7 @@ from btx_megatron.run_folder import RunFolder
 from btx_megatron.runtime.outcome import Outcome
 from btx_megatron.runtime.progress import read_progress
 from btx_megatron.runtime.supervisor import Command, Supervisor
+from btx_megatron.training import curves
 
 CommandLine = Callable[[PipelineStage, Path], list[str]]
 """Program and arguments that run a stage, whose job file is given."""
@@ -85,6 +87,15 @@ def _run(
             stages = _alone(stages_of(recipe) if again else stages, run, targets)
         if stages:
             check_packages(stages)
+            if any(stage.task == "import" for stage in stages):
+                from btx_megatron.mixing.pretrained import check_pretrained
+
+                check_pretrained(recipe)
+            trained = [stage for stage in stages if stage.task == "train"]
+            if trained:
+                check_installed(recipe.data.loader)
+            for stage in trained:
+                curves.check_installed(recipe.stage(stage.name).training)
             machine.check(stages)
         with make_display() as display:
             if not stages:
@@ -213,16 +224,17 @@ class _LocalRun:
             work_folder=job.work_folder,
             log=job.work_folder / LOG_FILE,
             can_stop=stage.task == "train",
+            timeout_seconds=_timeout(self.recipe, stage),
         )
         self.display.start(stage.name, _detail(self.recipe, stage))
         self.supervisor.start(stage.name, command)
 
     def _prepare_work(self, stage: PipelineStage) -> Job:
-        """Make the work folder, or take the one of an attempt before: training goes on, the rest anew."""
+        """Make the work folder, or take the one of an attempt before; mixing and the like begin anew."""
         work = self.run.work(stage.name)
         work.mkdir(parents=True, exist_ok=True)
         inputs = input_fingerprints(stage, self.run)
-        if stage.task != "train":
+        if stage.task not in ("train", "prepare"):  # these two go on
             _empty(work)
         elif (work / JOB_FILE).exists() and read_job(work / JOB_FILE).inputs != inputs:
             raise UserError(
@@ -290,6 +302,12 @@ class _LocalRun:
             by = f" by {self.supervisor.stop_signal}" if self.supervisor.stop_signal else ""
             how = "goes on from the last checkpoint" if self.supervisor.killed else "goes on where it was"
             raise Stopped(f"stopped{by}; the same command {how}")
+
+
+def _timeout(recipe: Recipe, stage: PipelineStage) -> float | None:
+    if stage.task != "train":
+        return None
+    return 60 * recipe.stage(stage.name).training.distributed_timeout_minutes
 
 
 def _empty(work: Path) -> None:

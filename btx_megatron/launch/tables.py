@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from btx_megatron.columns import columns
+from btx_megatron.data.weights import source_tokens, stage_epochs
 from btx_megatron.estimate import recipe_parameter_counts, stage_tokens
-from btx_megatron.launch.display import clock
+from btx_megatron.estimate_flops import flops_text, stage_flops
+from btx_megatron.evaluation.rows import rows_of, spent_on
+from btx_megatron.launch.display import clock, how_far
 from btx_megatron.pipeline import PipelineStage, stages_of
 from btx_megatron.recipe import Recipe
 from btx_megatron.run_folder import RunFolder
@@ -14,8 +17,13 @@ from btx_megatron.runtime.stopwatch import read_duration
 
 
 def plan_text(recipe: Recipe) -> str:
-    """Stages in order with layout, ranks, steps and tokens; then the models' parameters."""
-    rows = [["stage", "reads", "layout", "ranks", "steps", "tokens"]]
+    """Stages in order with layout, ranks, steps and tokens; the models' parameters; epochs, once the data
+    is prepared."""
+    if recipe.imported_stages:
+        from btx_megatron.mixing.pretrained import check_pretrained
+
+        check_pretrained(recipe)
+    rows = [["stage", "reads", "layout", "ranks", "steps", "tokens", "FLOPs"]]
     rows += [_plan_row(recipe, stage) for stage in stages_of(recipe)]
     counts = recipe_parameter_counts(recipe)
     parameters = [
@@ -26,7 +34,33 @@ def plan_text(recipe: Recipe) -> str:
     ]
     title = f"{recipe.name}: {len(recipe.expert_names)} experts, top-{recipe.moe.moe_router_topk}"
     title += f"; run folder {recipe.run_folder}"
-    return "\n\n".join([title, columns(rows, right=(3, 4, 5)), columns(parameters, right=(1,))])
+    tables = [columns(rows, right=(3, 4, 5, 6)), compute_text(recipe), columns(parameters, right=(1,))]
+    return "\n\n".join([title, *tables, *epochs_text(recipe)])
+
+
+def compute_text(recipe: Recipe) -> str:
+    """What training each model takes beyond the seed, so that their compute can be compared."""
+    rows = [["to train, beyond the seed", "tokens", "FLOPs"]]
+    for row in rows_of(recipe):
+        stages = spent_on(recipe, row)
+        tokens = sum(stage_tokens(recipe, stage) for stage in stages)
+        rows.append([row, f"{tokens:,}", flops_text(sum(stage_flops(recipe, stage) for stage in stages))])
+    note = "FLOPs: matrix products of the model, forward and backward; causal half of attention; no recompute"
+    return f"{columns(rows, right=(1, 2))}\n{note}"
+
+
+def epochs_text(recipe: Recipe) -> list[str]:
+    """How often each training stage reads each source; nothing before the data is prepared."""
+    tokens = source_tokens(RunFolder(recipe.run_folder).published("prepare"))
+    if tokens is None:
+        return []
+    stages = [stage.name for stage in stages_of(recipe) if stage.task == "train"]
+    epochs = {stage: stage_epochs(recipe, stage, tokens) for stage in stages}
+    rows = [["epochs over each source", "tokens", *stages]]
+    for key, count in tokens.items():
+        cells = [f"{epochs[stage][key]:.2f}" if key in epochs[stage] else "-" for stage in stages]
+        rows.append(["/".join(key), f"{count:,}", *cells])
+    return [columns(rows, right=range(1, len(rows[0])))]
 
 
 def _plan_row(recipe: Recipe, stage: PipelineStage) -> list[str]:
@@ -34,9 +68,10 @@ def _plan_row(recipe: Recipe, stage: PipelineStage) -> list[str]:
     if stage.task == "train":
         settings = recipe.stage(stage.name)
         steps, tokens = f"{settings.training.train_iters:,}", f"{stage_tokens(recipe, stage.name):,}"
-        return [stage.name, reads, str(settings.layout), str(stage.ranks), steps, tokens]
+        flops = flops_text(stage_flops(recipe, stage.name))
+        return [stage.name, reads, str(settings.layout), str(stage.ranks), steps, tokens, flops]
     layout = str(recipe.evaluate.layout) if stage.task == "evaluate" else "-"
-    return [stage.name, reads or "-", layout, str(stage.ranks), "-", "-"]
+    return [stage.name, reads or "-", layout, str(stage.ranks), "-", "-", "-"]
 
 
 def status_text(recipe: Recipe) -> str:
@@ -44,7 +79,8 @@ def status_text(recipe: Recipe) -> str:
     run = RunFolder(recipe.run_folder)
     rows = [["stage", "state", "time", ""]]
     rows += [_status_row(run, stage) for stage in stages_of(recipe)]
-    return "\n".join([str(run.path), "", columns(rows, right=(2,))])
+    text = "\n".join([str(run.path), "", columns(rows, right=(2,))])
+    return "\n\n".join([text, *epochs_text(recipe)])
 
 
 def _status_row(run: RunFolder, stage: PipelineStage) -> list[str]:
@@ -55,13 +91,10 @@ def _status_row(run: RunFolder, stage: PipelineStage) -> list[str]:
     if not work.is_dir():
         return [stage.name, "missing", "-", ""]
     outcome, record = read_outcome(work), read_progress(work)
-    how_far = f"{record.phase} {record.done}/{record.total} {record.text}".strip() if record else ""
     time = clock(read_duration(work))
     if outcome and outcome.kind in ("failed", "user_error"):
         return [stage.name, "failed", time, outcome.message]
-    return [
-        stage.name,
-        "running" if run.is_locked(stage.name) and not outcome else "unfinished",
-        time,
-        how_far,
-    ]
+    if run.is_locked(stage.name) and not outcome:
+        return [stage.name, "running", time, how_far(record) if record else ""]
+    reached = f"{record.phase} {record.done}/{record.total}, {record.text}".strip(", ") if record else ""
+    return [stage.name, "unfinished", time, reached]

@@ -14,6 +14,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def main() -> int:
         if rank == 0:
             write_stopped(job.work_folder)
     except BaseException as error:  # torch's CheckpointException is no Exception
-        write_error(job.work_folder, rank, *error_line(error))
+        with suppress(OSError):  # the disk may be full; then the log says it
+            write_error(job.work_folder, rank, *error_line(error))
         raise  # the traceback belongs into the log
     return 0
 
@@ -64,6 +66,15 @@ def _prepare(job: Job) -> dict[str, Any]:
 
     prepare(job.recipe, job.work_folder, Progress(job.work_folder).update)
     return {}
+
+
+def _import(job: Job) -> dict[str, Any]:
+    from btx_megatron.data.folder import read_statistics
+    from btx_megatron.mixing.pretrained import import_checkpoint
+
+    vocabulary = read_statistics(job.data_folder)
+    progress = Progress(job.work_folder)
+    return {"outputs": import_checkpoint(job.recipe, job.stage, vocabulary, job.checkpoints, progress)}
 
 
 def _mix(job: Job) -> dict[str, Any]:
@@ -104,6 +115,7 @@ def _report(job: Job) -> dict[str, Any]:
 
 _TASKS: dict[Task, Callable[[Job], dict[str, Any]]] = {
     "prepare": _prepare,
+    "import": _import,
     "train": _train,
     "mix": _mix,
     "average": _average,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from btx_megatron.checkpoints.formats import FORMATS, Format, Parallel, config_of, format_of, open_checkpoint
 from btx_megatron.checkpoints.stream import Effort
 from btx_megatron.errors import UserError
+from btx_megatron.manifest import read_manifest
 from btx_megatron.mixing.dry_run import dry_run_text
 from btx_megatron.mixing.experts import Kind
 from btx_megatron.mixing.flags import megatron_flags
@@ -18,14 +20,16 @@ from btx_megatron.mixing.grow import count_experts
 from btx_megatron.mixing.mix import (
     Output,
     RouterText,
-    check_router_text,
     convert,
     drop,
+    drop_job,
     grow,
+    grow_job,
     mix,
-    open_sources,
+    mix_job,
 )
-from btx_megatron.mixing.plan import Average, MixOptions, RouterInit
+from btx_megatron.mixing.option_checks import check_target_options, option_name
+from btx_megatron.mixing.plan import Average, MixOptions, RouterInit, TokenizerOf
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -68,7 +72,8 @@ def router_text(texts: list[str], tokenizer: Path | None) -> RouterText | None:
 
 def mix_options(**values: Any) -> MixOptions:
     """The options, their words checked."""
-    for key, known in (("average", Average), ("experts", Kind), ("router_init", RouterInit)):
+    words = {"average": Average, "experts": Kind, "router_init": RouterInit, "tokenizer": TokenizerOf}
+    for key, known in words.items():
         _check_word(f"--{key.replace('_', '-')}", values[key], get_args(known))
     if not 0 <= values["random_seed"] < 1 << 32:
         raise UserError(f"--random-seed {values['random_seed']}: must be from 0 to {(1 << 32) - 1}")
@@ -87,33 +92,17 @@ def effort(workers: int, max_memory: str | None) -> Effort:
     return Effort(workers, int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]])
 
 
-def parallel(tensor: int, pipeline: int, expert: int) -> Parallel:
-    """The ``--target-...-model-parallel-size`` options. Raises UserError for one that is no size."""
-    for name, size in (("tensor", tensor), ("pipeline", pipeline), ("expert", expert)):
-        if size < 1:
-            raise UserError(f"--target-{name}-model-parallel-size {size}: must be at least 1")
-    return Parallel(tensor, pipeline, expert)
+def parallel(options: Mapping[str, Any]) -> Parallel:
+    """``--target-...-model-parallel-size`` and ``--make-vocab-size-divisible-by``, by parameter.
 
-
-def check_given(given: set[str], recipe: bool, moe: bool) -> None:
-    """Raise UserError for an option that would change nothing. ``given``: those of the command line."""
-    if recipe:
-        _refuse(given - {"recipe", "overrides"}, "goes with --expert or --moe, not with a RECIPE")
-    elif moe:
-        _refuse(given & _NOT_FOR_GROWING, "has no effect with --moe; leave it out")
-    else:
-        _refuse(given & {"add_expert", "drop_expert", "lambda"}, "needs --moe")
-
-
-_NOT_FOR_GROWING = {
-    "average", "base", "chunks", "copies", "density", "drop_ratio", "dry_run", "expert", "experts",
-    "router_init", "router_pre_softmax", "router_text", "router_topk", "tokenizer_model", "weight",
-}  # fmt: skip
-
-
-def _refuse(options: set[str], why: str) -> None:
-    if options:
-        raise UserError(f"--{min(options).replace('_', '-')} {why}")
+    Raises UserError for one that is no size.
+    """
+    names = [f"target_{kind}_model_parallel_size" for kind in ("tensor", "pipeline", "expert")]
+    sizes = [options[name] for name in (*names, "make_vocab_size_divisible_by")]
+    for name, size in zip((*names, "make_vocab_size_divisible_by"), sizes, strict=True):
+        if size is not None and size < 1:
+            raise UserError(f"{option_name(name)} {size}: must be at least 1")
+    return Parallel(*sizes)
 
 
 def _check_word(option: str, word: str, known: tuple[str, ...]) -> None:
@@ -121,10 +110,13 @@ def _check_word(option: str, word: str, known: tuple[str, ...]) -> None:
         raise UserError(f"{option} {word}: not known; there are {', '.join(known)}")
 
 
-def _format(to: str | None) -> Format | None:
+def _format(to: str | None, first: Path, parallel: Parallel, approximate: bool) -> Format:
+    """The target's: ``--to``, or that of the first source; and it knows the options."""
     if to is not None:
         _check_word("--to", to, FORMATS)
-    return to  # type: ignore[return-value]
+    kind: Format = to or format_of(first)  # type: ignore[assignment]
+    check_target_options(kind, parallel, approximate)
+    return kind
 
 
 def run_mix(
@@ -136,19 +128,21 @@ def run_mix(
     options: MixOptions,
     effort: Effort,
     dry_run: bool,
-    text: RouterText | None,
+    text: RouterText | None = None,
+    approximate: bool = False,
 ) -> None:
     """Mix, and print where the result is and how Megatron-LM loads it."""
-    kind = _format(to) or format_of(next(iter(sources.values())))
+    kind = _format(to, next(iter(sources.values())), parallel, approximate)
     if dry_run:
-        check_router_text(sources, options, text)
-        print(dry_run_text(open_sources(sources, base), options, effort))
+        job = mix_job(sources, options, base, text, look=True)
+        print(dry_run_text(job, kind, parallel, effort, approximate))
         return
     started = time.perf_counter()
     progress = _TerminalProgress() if sys.stderr.isatty() else None
-    target = Output(output, kind, parallel, effort, manifest=True, progress=progress)
+    target = Output(output, kind, parallel, effort, manifest=True, approximate=approximate, progress=progress)
     table = mix(sources, target, options, base, text)
     print(f"{output}: {len(table)} tensors in {time.perf_counter() - started:.1f} s, {kind}")
+    _print_notes(output)
     _print_flags(output, kind, parallel)
 
 
@@ -162,30 +156,52 @@ def run_grow(
     share: float | None,
     options: MixOptions,
     effort: Effort,
+    dry_run: bool,
+    approximate: bool = False,
 ) -> None:
     """Add an expert to a mixture, or drop one."""
-    if (len(add) == 1) == (dropped is not None) or len(add) > 1:
-        raise UserError("--moe: give one --add-expert NAME=PATH, or one --drop-expert NUMBER")
-    kind = _format(to) or format_of(moe)
-    target = Output(output, kind, parallel, effort, manifest=True)
+    kind = _format(to, moe, parallel, approximate)
+    name, path = next(iter(add.items()), ("", Path()))
+    if dry_run:
+        job = (
+            drop_job(moe, dropped)
+            if dropped is not None
+            else grow_job(moe, name, path, share=share, options=options, look=True)
+        )
+        print(dry_run_text(job, kind, parallel, effort, approximate))
+        return
+    target = Output(output, kind, parallel, effort, manifest=True, approximate=approximate)
     if dropped is not None:
         drop(moe, dropped, target)
     else:
-        ((name, path),) = add.items()
         grow(moe, name, path, target, share=share, options=options)
     print(f"{output}: {count_experts(open_checkpoint(output))} experts, {kind}")
+    _print_notes(output)
     _print_flags(output, kind, parallel)
 
 
-def run_convert(source: Path, output: Path, to: str, parallel: Parallel, effort: Effort) -> None:
+def run_convert(
+    source: Path, output: Path, to: str, parallel: Parallel, effort: Effort, approximate: bool = False
+) -> None:
     """Convert, and print where the result is and how Megatron-LM loads it."""
-    kind = _format(to)
-    assert kind is not None
+    kind = _format(to, source, parallel, approximate)
     started = time.perf_counter()
     progress = _TerminalProgress() if sys.stderr.isatty() else None
-    table = convert(source, Output(output, kind, parallel, effort, manifest=True, progress=progress))
+    target = Output(output, kind, parallel, effort, manifest=True, approximate=approximate, progress=progress)
+    table = convert(source, target)
     print(f"{output}: {len(table)} tensors in {time.perf_counter() - started:.1f} s, {kind}")
+    _print_notes(output)
     _print_flags(output, kind, parallel)
+
+
+def _print_notes(output: Path) -> None:
+    """What of the result is not exactly what its sources are; by its manifest, where that is kept, too."""
+    manifest = read_manifest(output)
+    settings = manifest.recipe if manifest is not None else {}
+    for line in settings.get("approximate", []):
+        print(f"approximate: {line}")
+    if "tokenizer_note" in settings:
+        print(f"tokenizer: {settings['tokenizer_note']}")
 
 
 def _print_flags(output: Path, kind: Format, parallel: Parallel) -> None:

@@ -1,53 +1,51 @@
 """``btx mix --dry-run``: what a mix would write, read, hold in memory and take, before it does any of it.
 
-Bytes follow from the plan. Memory is that of the engine's buffers: a thread makes one part at a time, in
-blocks of rows, or whole where the rule must see all of it (TIES trims by the largest entries of a part); so
-the peak is what the largest jobs take that can run at once. Python with torch, and what the allocator keeps
-of freed blocks, come on top: 0.5 to 0.8 GB where it was measured. Time is only estimated: the bytes at the
-rate at which a little of the first source was read just now, and a slow rule's arithmetic from a small case.
+Bytes follow from the plan. Memory is what the process grows by at most (see ``peak_bytes``): a thread makes
+one part at a time, in blocks of rows, or whole where the rule must see all of it (TIES trims by the largest
+entries of a part); so the peak is what the largest jobs take that can run at once. Python with torch, about
+0.3 GB, was there before. Time is only estimated: the bytes at the rate at which a little of the first source
+was read just now, and a slow rule's arithmetic from a small case.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 
 import torch
 
+from btx_megatron.checkpoints.formats import Format, Parallel, check_target, fitted
 from btx_megatron.checkpoints.names import DENSE
 from btx_megatron.checkpoints.pieces import Source, dtype_name, indices_of, matrix_shape, part_info, read_rows
-from btx_megatron.checkpoints.stream import Effort, PlannedTensor
+from btx_megatron.checkpoints.stream import BLOCK_BYTES, Effort, PlannedTensor, block_rows, peak_bytes
 from btx_megatron.columns import columns
 from btx_megatron.mixing.average import dare, ties
 from btx_megatron.mixing.experts import expert_units
-from btx_megatron.mixing.mix import Opened
-from btx_megatron.mixing.plan import MixOptions, num_experts, plan_mix
+from btx_megatron.mixing.mix import Job, Opened
+from btx_megatron.mixing.plan import MixOptions, num_experts
 
 READ_AT_MOST = 64 << 20
 """Bytes that are read to see how fast the source is."""
 
 _FC1, _FC2 = "decoder.layers.mlp.linear_fc1.weight", "decoder.layers.mlp.linear_fc2.weight"
-# Bytes an entry that a rule holds in fp32, beside what it reads and returns: the copies that average.py
-# counts, and what torch makes on the way. TIES measured: 33 to 35 in all, of bf16.
-_WIDE = {"mean": 4, "weighted": 8, "ties": 28, "dare": 13}
 _CASE = 1 << 22  # entries of the small case that a rule is timed on
-_OWN_COPIES = 3  # in the tensor's own type: a source's, the base's or what is put together, the result
 
 
-def dry_run_text(opened: Opened, options: MixOptions, effort: Effort) -> str:
+def dry_run_text(job: Job, to: Format, parallel: Parallel, effort: Effort, approximate: bool = False) -> str:
     """A row for every tensor, then totals. Raises UserError where the mix would, but for bad values."""
-    plan = plan_mix(opened.sources, options, opened.base)
+    plan, config = fitted(job.plan, job.config, to, parallel)
+    check_target(plan, config, to, parallel, approximate)
+    sources = job.opened.sources
     rows = [["tensor", "rule", "inputs", "shape", "dtype", "bytes"]]
-    rows += [_row(tensor, len(opened.sources)) for tensor in plan]
-    written, read = sum(map(_bytes, plan)), read_bytes(opened, options)
+    rows += [_row(tensor, len(sources)) for tensor in plan]
+    written, read = sum(map(_bytes, plan)), read_bytes(job)
     threads, block = effort.fit(plan)
-    rate = read_rate(next(iter(opened.sources.values())))
-    arithmetic = rule_seconds(plan, len(opened.sources), options, threads)
+    rate = read_rate(next(iter(sources.values())))
+    arithmetic = rule_seconds(job, threads)
     totals = [
         ["written", f"{written:,} bytes"],
         ["read", f"{read:,} bytes"],
-        ["buffers", f"{peak_buffers(plan, options, threads, block):,} bytes at the peak, {threads} threads"],
+        ["memory", f"{peak_bytes(plan, threads, block):,} bytes at the peak, {threads} threads"],
         ["time", f"{_clock((read + written) / rate + arithmetic)}, an estimate: {_basis(rate, arithmetic)}"],
     ]
     return columns(rows, right=(5,)) + "\n\n" + columns(totals)
@@ -74,19 +72,32 @@ def _clock(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def read_bytes(opened: Opened, options: MixOptions) -> int:
+def read_bytes(job: Job) -> int:
     """Bytes that are read: by the rules, and once more where a rule does not read a part from start to end.
 
-    Every source is fingerprinted whole; what a rule reads in one go is hashed on the way. A split expert's
-    columns lie in all rows, so these are read for each of its chunks.
+    Every source is fingerprinted whole; what a rule reads in one go is hashed on the way.
     """
+    before = sum(_source_bytes(job.opened.sources[name]) for name in job.checked)
+    if job.stage == "mix":
+        assert job.options is not None
+        return before + _read_by_mix(job.opened, job.options)
+    return before + sum(map(_source_bytes, job.opened.all.values()))
+
+
+def _source_bytes(source: Source) -> int:
+    return sum(math.prod(info.shape) * info.dtype.itemsize for info in source.tensors.values())
+
+
+def _read_by_mix(opened: Opened, options: MixOptions) -> int:
+    """A split expert's columns lie in all rows, so these are read for each of its chunks."""
     first = next(iter(opened.sources.values()))
     count, sources = num_experts(len(opened.sources), options), len(opened.sources)
     read = 0
     for name, info in first.tensors.items():
         size = math.prod(info.shape) * info.dtype.itemsize
         if DENSE[name][0] != "feed_forward":
-            read += size * len(opened.all)  # by the rule, or by the fingerprint alone
+            infos = [source.tensors[name] for source in opened.all.values()]  # rows may differ
+            read += sum(math.prod(of.shape) * of.dtype.itemsize for of in infos)  # by rule or fingerprint
             continue
         read += size * len(opened.all)
         width = info.shape[2] if name == _FC2 else info.shape[1] // 2
@@ -103,36 +114,15 @@ def read_bytes(opened: Opened, options: MixOptions) -> int:
     return read
 
 
-def peak_buffers(plan: Sequence[PlannedTensor], options: MixOptions, threads: int, block: int) -> int:
-    """Bytes of the ``threads`` largest jobs, which may run at once; ``block`` bytes are made in one go."""
-    jobs: list[int] = []
-    for tensor in plan:
-        indices = indices_of(tensor.name, tensor.info)
-        rows, cols = matrix_shape(part_info(tensor.info, indices[0]).shape)
-        own = tensor.info.dtype.itemsize
-        step = rows if tensor.whole else min(rows, max(1, block // (cols * own)))
-        entry = own * _OWN_COPIES + _wide_bytes(tensor, options)
-        jobs += [math.ceil(step * cols * entry)] * min(len(indices), threads)
-    return sum(sorted(jobs)[-threads:])
-
-
-def _wide_bytes(tensor: PlannedTensor, options: MixOptions) -> float:
-    """Bytes an entry that the rule holds in a wider type."""
-    if tensor.rule.startswith("expert"):
-        redrawn = options.drop_ratio * 20  # two fp64 and one fp32 copy of the units that are drawn anew
-        return redrawn + (4 if options.experts == "virtual" else 0)
-    return 4 if tensor.rule.startswith("router") else _WIDE.get(tensor.rule, 0)
-
-
 def read_rate(source: Source) -> float:
-    """Bytes a second at which the source gives up to ``READ_AT_MOST`` bytes, in blocks of 8 MB."""
+    """Bytes a second at which the source gives up to ``READ_AT_MOST`` bytes, in blocks as a mix reads."""
     started, read = time.perf_counter(), 0
     largest = sorted(source.tensors.items(), key=lambda item: -math.prod(item[1].shape))
     for name, info in largest:
         for index in indices_of(name, info):
             part, pieces = part_info(info, index), source.pieces(name, index)
             rows, cols = matrix_shape(part.shape)
-            step = max(1, (8 << 20) // (cols * info.dtype.itemsize))
+            step = block_rows(cols * info.dtype.itemsize, BLOCK_BYTES)
             for start in range(0, rows, step):
                 stop = min(rows, start + step)
                 if read + (stop - start) * cols * info.dtype.itemsize > READ_AT_MOST and read:
@@ -142,11 +132,14 @@ def read_rate(source: Source) -> float:
     return read / (time.perf_counter() - started)
 
 
-def rule_seconds(plan: Sequence[PlannedTensor], sources: int, options: MixOptions, threads: int) -> float:
+def rule_seconds(job: Job, threads: int) -> float:
     """Seconds of TIES or DARE over the plan, from a small case; of other rules 0, for the disk is slower."""
-    entries = sum(math.prod(tensor.info.shape) for tensor in plan if tensor.rule in ("ties", "dare"))
+    entries = sum(math.prod(tensor.info.shape) for tensor in job.plan if tensor.rule in ("ties", "dare"))
     if not entries:
         return 0.0
+    options, sources = job.options, len(job.opened.sources)
+    assert options is not None
+    torch.set_num_threads(1)  # as in the engine, where threads work on parts
     base, *models = torch.randn(sources + 1, _CASE, generator=torch.Generator().manual_seed(1)).bfloat16()
     started = time.perf_counter()
     if options.average == "ties":

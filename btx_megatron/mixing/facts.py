@@ -12,6 +12,7 @@ from btx_megatron.checkpoints.config import ModelConfig
 from btx_megatron.checkpoints.formats import Format, config_of, format_of
 from btx_megatron.checkpoints.names import has_expert_axis
 from btx_megatron.checkpoints.pieces import Source, TensorInfo, dtype_name
+from btx_megatron.checkpoints.tokenizer_files import JSON, MODEL, find_tokenizer
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import MANIFEST_FILE, Manifest, read_manifest
 
@@ -85,11 +86,10 @@ def _bytes(info: TensorInfo) -> int:
 
 def _tokenizer(source: Source) -> dict[str, str]:
     """The files that say which word has which number, and their SHA-256."""
-    files = getattr(source, "tokenizer_files", None)  # Hugging Face's folders alone have some
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in (files() if files is not None else [])
-        if path.name in ("tokenizer.json", "tokenizer.model")
+        name: hashlib.sha256(content).hexdigest()
+        for name, content in find_tokenizer(source.folder).files.items()
+        if name in (JSON, MODEL)
     }
 
 

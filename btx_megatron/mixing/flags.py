@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from btx_megatron.checkpoints.config import ModelConfig
-from btx_megatron.checkpoints.formats import Format, Parallel
+from btx_megatron.checkpoints.formats import Format, Parallel, vocabulary_divisor
 
 
 def megatron_flags(
@@ -13,8 +13,8 @@ def megatron_flags(
 ) -> list[str]:
     """Flags of ``pretrain_gpt.py`` for the model in ``output``, one an item.
 
-    The vocabulary is padded to a multiple of ``--make-vocab-size-divisible-by`` x TP: the flag is chosen so
-    that this is the checkpoint's size.
+    Megatron-LM pads the tokenizer's vocabulary to a multiple of ``--make-vocab-size-divisible-by`` x TP: the
+    flag is chosen so that this gives the checkpoint's rows.
     """
     flags = [
         f"--load {output}",
@@ -34,7 +34,7 @@ def megatron_flags(
         f"--norm-epsilon {config.norm_epsilon}",
         "--swiglu",
         "--disable-bias-linear",
-        f"--make-vocab-size-divisible-by {_divisor(padded_vocab_size, parallel.tensor)}",
+        f"--make-vocab-size-divisible-by {vocabulary_divisor(config, padded_vocab_size, parallel)}",
     ]
     if config.num_query_groups != config.num_attention_heads:
         flags += ["--group-query-attention", f"--num-query-groups {config.num_query_groups}"]
@@ -59,11 +59,3 @@ def megatron_flags(
             f"--expert-model-parallel-size {parallel.expert}",
         ]
     return flags
-
-
-def _divisor(padded: int, tensor_parallel: int) -> int:
-    """Megatron pads to a multiple of divisor x TP; the largest power of two that keeps ``padded``."""
-    divisor = 1
-    while padded % (2 * divisor * tensor_parallel) == 0 and divisor < 128:
-        divisor *= 2
-    return divisor

@@ -20,7 +20,7 @@ from btx_megatron.checkpoints.names import DENSE, DENSE_TO_MOE, ROUTER, has_expe
 from btx_megatron.checkpoints.pieces import Index, Source, TensorInfo
 from btx_megatron.checkpoints.stream import PlannedTensor, Rows, Watched, rows_of
 from btx_megatron.errors import UserError
-from btx_megatron.manifest import Manifest
+from btx_megatron.manifest import Manifest, read_manifest
 from btx_megatron.mixing.average import weighted_mean
 from btx_megatron.mixing.plan import common_weights
 from btx_megatron.mixing.router_init import normal_router
@@ -158,11 +158,24 @@ def _names_of(dense: Source) -> set[str]:
     return {DENSE_TO_MOE.get(name, name) for name in dense.tensors}
 
 
+def manifest_to_mix_again(moe: Path) -> Manifest | None:
+    """The manifest of a mixture that is as it was mixed, so that it can be mixed again; None of others."""
+    manifest = read_manifest(moe)
+    mixed = manifest is not None and manifest.stage == "mix" and "sources" in manifest.recipe
+    return manifest if mixed else None
+
+
 def remix_sources(manifest: Manifest) -> dict[str, Path]:
     """Where the sources of an untrained mixture lie, by expert. Raises UserError if it does not say."""
     sources: Mapping[str, Any] = manifest.recipe.get("sources", {})
     if manifest.stage != "mix" or not sources:
         raise UserError("the mixture's manifest does not name its sources; give them with --expert NAME=PATH")
+    for name, path in sources.items():
+        if not Path(path).exists():
+            raise UserError(
+                f"expert {name.strip('()')}: {path} is gone, of which the mixture was made; put it back, or "
+                "give --lambda to keep the mixture's weights"
+            )
     return {name: Path(path) for name, path in sources.items() if name != "(base)"}
 
 

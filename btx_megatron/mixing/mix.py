@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from btx_megatron.checkpoints.formats import (
     ONE_RANK,
     Format,
     Parallel,
+    approximations,
     config_of,
     format_of,
     open_checkpoint,
@@ -36,10 +37,25 @@ from btx_megatron.checkpoints.stream import (
 )
 from btx_megatron.checkpoints.tracker import TRACKER
 from btx_megatron.errors import UserError
-from btx_megatron.manifest import make_manifest, manifest_text, read_manifest
+from btx_megatron.manifest import make_manifest, manifest_text
 from btx_megatron.mixing.experts import expert_width
-from btx_megatron.mixing.grow import check_fingerprints, count_experts, plan_drop, plan_grow, remix_sources
-from btx_megatron.mixing.plan import FROM_TEXT, MixOptions, num_experts, plan_average, plan_mix
+from btx_megatron.mixing.grow import (
+    check_fingerprints,
+    count_experts,
+    manifest_to_mix_again,
+    plan_drop,
+    plan_grow,
+    remix_sources,
+)
+from btx_megatron.mixing.plan import (
+    FROM_TEXT,
+    MixOptions,
+    TokenizerOf,
+    num_experts,
+    plan_average,
+    plan_mix,
+)
+from btx_megatron.mixing.source_tokenizers import ResultTokenizer, shared_tokenizer, united_tokenizer
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,8 @@ class Output:
     """Travels in a torch_dist checkpoint."""
     manifest: bool = False
     """Write ``manifest.json`` into it (a stage of a run has one of its own)."""
+    approximate: bool = False
+    """Write as a Mixtral what a Mixtral is not exactly."""
     progress: Reporter | None = None
 
 
@@ -66,7 +84,7 @@ class Opened:
     base: Watched | None
     config: ModelConfig | None
     """None where no source says what model it is; then it cannot leave its format."""
-    tokenizer_files: list[Path]
+    tokenizer: ResultTokenizer
 
     @property
     def all(self) -> dict[str, Watched]:
@@ -84,6 +102,23 @@ class RouterText:
     """``tokenizer.json`` or a SentencePiece model; None: the one beside the first expert."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is going to be written, and from what; nothing but headers and tokenizers is read yet."""
+
+    stage: str
+    opened: Opened
+    plan: list[PlannedTensor]
+    config: ModelConfig | None
+    """Of the result."""
+    options: MixOptions | None = None
+    common: Mapping[str, Any] = field(default_factory=dict)
+    """Goes beside the tensors of a torch_dist checkpoint."""
+    router_text: RouterText | None = None
+    checked: tuple[str, ...] = ()
+    """Sources that are read once more before, to see that they are what they were."""
+
+
 def mix(
     sources: Mapping[str, Path],
     output: Output,
@@ -96,31 +131,44 @@ def mix(
     Expert i is source i, and so is row i of the router. Raises UserError if the sources do not fit together
     or hold values that are not finite; then there is no output.
     """
-    opened = open_sources(sources, base)
-    rows = _router_rows(sources, base, options, router_text)
-    plan = plan_mix(opened.sources, options, opened.base, rows)
+    return _write(mix_job(sources, options, base, router_text), output)
+
+
+def mix_job(
+    sources: Mapping[str, Path],
+    options: MixOptions,
+    base: Path | None = None,
+    router_text: RouterText | None = None,
+    look: bool = False,
+) -> Job:
+    """What ``mix`` writes. ``look``: it will not be, so a router from text need not be made."""
+    opened = open_sources(sources, base, options.tokenizer)
+    check_router_text(sources, options, router_text)
+    rows = None if look else _router_rows(sources, base, options, router_text)
+    plan = plan_mix(opened.sources, options, opened.base, rows, opened.tokenizer.union)
     config = opened.config
     if config is not None:
         width = expert_width(options.experts, len(sources), config.ffn_hidden_size, options.chunks)
         count = num_experts(len(sources), options)
         config = config.as_moe(count, width, options.router_topk, options.router_pre_softmax)
     common = {"mixed_from": list(sources), "moe_router_topk": options.router_topk}
-    return _write("mix", opened, plan, config, output, options, common, router_text)
+    return Job("mix", opened, plan, config, options, common, router_text)
 
 
 def _router_rows(
     sources: Mapping[str, Path], base: Path | None, options: MixOptions, text: RouterText | None
 ) -> Tensor | None:
     """[layers, sources, hidden] of a router that is made from text; None for the others."""
-    check_router_text(sources, options, text)
     if text is None:
         return None
     from btx_megatron.evaluation.alone import need_megatron
     from btx_megatron.evaluation.text import tokenizer_file
 
     need_megatron(f"--router-init {options.router_init}")
-    opened = open_sources(sources, base)  # anew: what the mix reads is watched from its start
-    plan_mix(opened.sources, options, opened.base)  # all that is wrong with the options, before the work
+    opened = open_sources(sources, base, options.tokenizer)  # anew: the mix's are watched from its start
+    plan_mix(
+        opened.sources, options, opened.base, union=opened.tokenizer.union
+    )  # all that is wrong with the options, before the work
     first = next(iter(opened.sources.values()))
     if opened.config is None:
         raise UserError(f"{first.folder}: says nothing of its model, which --router-init needs")
@@ -158,14 +206,15 @@ def average(
     """The whole model averaged over the sources, feed-forwards too: the baseline ``average``."""
     opened = open_sources(sources, base)
     plan = plan_average(opened.sources, options, opened.base)
-    return _write("average", opened, plan, opened.config, output, options, {"averaged_from": list(sources)})
+    common = {"averaged_from": list(sources)}
+    return _write(Job("average", opened, plan, opened.config, options, common), output)
 
 
 def convert(source: Path, output: Output) -> dict[str, Any]:
     """Write a checkpoint, dense or MoE, in another format; every weight bit for bit."""
     opened = open_sources({"source": source}, None)
     plan = copy_plan(opened.sources["source"])
-    return _write("convert", opened, plan, opened.config, output, None, {})
+    return _write(Job("convert", opened, plan, opened.config), output)
 
 
 def grow(
@@ -176,12 +225,22 @@ def grow(
     A mixture that ``btx mix`` made and nothing trained is mixed again, from its sources and the new one, as
     it was mixed; those must be what they were. Raises UserError as mix does.
     """
-    manifest = read_manifest(moe)
-    if share is None and manifest is not None and manifest.stage == "mix" and "sources" in manifest.recipe:
+    return _write(grow_job(moe, name, new, share=share, options=options), output)
+
+
+def grow_job(
+    moe: Path, name: str, new: Path, *, share: float | None, options: MixOptions, look: bool = False
+) -> Job:
+    """What ``grow`` writes. ``look``: it will not be, so the sources' fingerprints need not be checked."""
+    manifest = manifest_to_mix_again(moe)
+    if share is None and manifest is not None:
         sources = remix_sources(manifest)
         if name in sources:
             raise UserError(f"--add-expert {name}: the mixture has an expert of this name; choose another")
-        check_fingerprints({key: Watched(open_checkpoint(path)) for key, path in sources.items()}, manifest)
+        if not look:
+            check_fingerprints(
+                {key: Watched(open_checkpoint(path)) for key, path in sources.items()}, manifest
+            )
         base = manifest.recipe["sources"].get("(base)")
         again = MixOptions(**manifest.recipe["options"])
         if again.router_init in FROM_TEXT:
@@ -189,18 +248,24 @@ def grow(
                 f"--moe {moe}: its router was made from the experts' text, so it cannot be mixed again with "
                 "one more; mix all with --expert and --router-text, or give --lambda to keep its weights"
             )
-        return mix({**sources, name: new}, output, again, Path(base) if base else None)
+        job = mix_job({**sources, name: new}, again, Path(base) if base else None)
+        return replace(job, checked=tuple(sources))
     opened = open_sources({"mixture": moe, name: new}, None)
     mixture = opened.sources["mixture"]
     plan = plan_grow(mixture, name, opened.sources[name], share, options.router_std, options.random_seed)
     config = opened.config
     if config is not None:
         config = replace(config, num_experts=count_experts(mixture) + 1)
-    return _write("grow", opened, plan, config, output, options, {})
+    return Job("grow", opened, plan, config, options)
 
 
 def drop(moe: Path, dropped: int, output: Output) -> dict[str, Any]:
     """A mixture without expert number ``dropped``; every other weight bit for bit."""
+    return _write(drop_job(moe, dropped), output)
+
+
+def drop_job(moe: Path, dropped: int) -> Job:
+    """What ``drop`` writes."""
     opened = open_sources({"mixture": moe}, None)
     mixture = opened.sources["mixture"]
     plan, config = plan_drop(mixture, dropped), opened.config
@@ -212,13 +277,19 @@ def drop(moe: Path, dropped: int, output: Output) -> dict[str, Any]:
                 "would be left"
             )
         config = replace(config, num_experts=left)
-    return _write("drop", opened, plan, config, output, None, {})
+    return Job("drop", opened, plan, config)
 
 
-def open_sources(paths: Mapping[str, Path], base: Path | None) -> Opened:
-    """Open the sources and compare what they say of their models. Raises UserError where they differ."""
+def open_sources(
+    paths: Mapping[str, Path], base: Path | None, tokenizer: TokenizerOf | None = None
+) -> Opened:
+    """Open the sources and compare what they say of their models. Raises UserError where they differ.
+
+    ``tokenizer`` is that of MixOptions; None where only one will do.
+    """
     sources = {name: Watched(open_checkpoint(path)) for name, path in paths.items()}
-    opened = Opened(sources, Watched(open_checkpoint(base)) if base is not None else None, None, [])
+    watched_base = Watched(open_checkpoint(base)) if base is not None else None
+    opened = Opened(sources, watched_base, None, ResultTokenizer())
     checked = {name: watched.source for name, watched in opened.all.items()}
     configs = {name: config for name, source in checked.items() if (config := _config(source)) is not None}
     first = next(iter(configs), "")
@@ -230,10 +301,12 @@ def open_sources(paths: Mapping[str, Path], base: Path | None) -> Opened:
                 f"{key} is {there} in expert {first} and {here} in expert {second}: "
                 "experts must be branches of one model"
             )
-    _check_tokenizers(checked)
-    opened.config = next(iter(configs.values()), None)
-    tokenizer = [path for source in checked.values() for path in _tokenizer_files(source)]
-    opened.tokenizer_files = _first_of_each_name(tokenizer)
+    config = next(iter(configs.values()), None)
+    if tokenizer == "union":
+        opened.tokenizer = united_tokenizer({name: checked[name] for name in sources}, config)
+    else:
+        opened.tokenizer = shared_tokenizer(checked, hint=tokenizer is not None)
+    opened.config = opened.tokenizer.completed(config)
     return opened
 
 
@@ -244,42 +317,8 @@ def _config(source: Source) -> ModelConfig | None:
         return None
 
 
-def _tokenizer_files(source: Source) -> list[Path]:
-    files = getattr(source, "tokenizer_files", None)
-    return files() if files is not None else []
-
-
-def _first_of_each_name(paths: list[Path]) -> list[Path]:
-    found: dict[str, Path] = {}
-    for path in paths:
-        found.setdefault(path.name, path)
-    return list(found.values())
-
-
-def _check_tokenizers(sources: Mapping[str, Source]) -> None:
-    """The same word must have the same number in every expert."""
-    seen: dict[str, tuple[str, str]] = {}
-    for name, source in sources.items():
-        for path in _tokenizer_files(source):
-            if path.name in ("tokenizer.json", "tokenizer.model"):
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                first, expected = seen.setdefault(path.name, (name, digest))
-                if digest != expected:
-                    raise UserError(
-                        f"{path}: another tokenizer than expert {first}'s; experts must share one tokenizer"
-                    )
-
-
-def _write(
-    stage: str,
-    opened: Opened,
-    plan: list[PlannedTensor],
-    config: ModelConfig | None,
-    output: Output,
-    options: MixOptions | None,
-    common: Mapping[str, Any],
-    text: RouterText | None = None,
-) -> dict[str, Any]:
+def _write(job: Job, output: Output) -> dict[str, Any]:
+    opened, config, options, text = job.opened, job.config, job.options, job.router_text
     first = next(iter(opened.sources.values()))
     to = output.to or format_of(first.folder)
     if config is None and to != "megatron":
@@ -291,26 +330,30 @@ def _write(
     started = time.perf_counter()
 
     def manifest(table: dict[str, Any]) -> str:
-        settings = {
+        settings: dict[str, Any] = {
             "format": to,
             "options": asdict(options) if options is not None else None,
             "sources": {name: str(source.folder) for name, source in opened.all.items()},
         }
         if text is not None:
             settings["router_text"] = {name: _file_facts(path) for name, path in text.texts.items()}
+        settings |= opened.tokenizer.facts()
+        if to == "hf" and config is not None and (differs := approximations(config)):
+            settings["approximate"] = differs
         inputs = {name: source.fingerprint() for name, source in opened.all.items()}
         seconds = time.perf_counter() - started
-        return manifest_text(make_manifest(stage, settings, inputs, {"tensors": table}, None, seconds))
+        return manifest_text(make_manifest(job.stage, settings, inputs, {"tensors": table}, None, seconds))
 
     try:
         return write_checkpoint(
             output.path,
             to,
-            plan,
+            job.plan,
             config,
             parallel=output.parallel,
-            common={**recipe, **common},
-            tokenizer_files=opened.tokenizer_files,
+            common={**recipe, **job.common},
+            tokenizer_files=opened.tokenizer.files if not recipe else {},  # a run has it once, for all stages
+            approximate=output.approximate,
             effort=output.effort,
             progress=output.progress,
             manifest=manifest if output.manifest else None,

@@ -7,7 +7,7 @@ mix by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,17 +17,21 @@ from torch import Tensor
 
 from btx_megatron.checkpoints.names import DENSE, DENSE_TO_MOE, MAY_BE_ABSENT, ROUTER
 from btx_megatron.checkpoints.pieces import Index, Source, TensorInfo, dtype_name
+from btx_megatron.checkpoints.scratch import side_by_side
 from btx_megatron.checkpoints.stream import NotFinite, PlannedTensor, Rows, is_finite, rows_of
 from btx_megatron.errors import UserError
 from btx_megatron.mixing import experts
-from btx_megatron.mixing.average import dare, mean, ties, weighted_mean
+from btx_megatron.mixing.average import WIDE, dare, mean, ties, weighted_mean
 from btx_megatron.mixing.router_init import normal_router, repeat_rows, zero_router
+from btx_megatron.mixing.vocabulary_union import VocabularyUnion, united_rows
 
 Average = Literal["mean", "weighted", "base", "ties", "dare"]
 RouterInit = Literal["normal", "zero", "centroid", "ridge"]
+TokenizerOf = Literal["base", "union"]
 FROM_TEXT = ("centroid", "ridge")
 """Routers that are made from the experts' text."""
 
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _FC1 = "decoder.layers.mlp.linear_fc1.weight"
 _FC2 = "decoder.layers.mlp.linear_fc2.weight"
 _NORM = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
@@ -53,6 +57,8 @@ class MixOptions:
     router_pre_softmax: bool = False
     virtual_scale: Literal["exact", "cube-root"] = "exact"
     random_seed: int = 1234
+    tokenizer: TokenizerOf = "base"
+    """base: all have one. union: each may have added tokens of its own, which it keeps."""
 
 
 def plan_mix(
@@ -60,18 +66,22 @@ def plan_mix(
     options: MixOptions,
     base: Source | None = None,
     router_rows: Tensor | None = None,
+    union: VocabularyUnion | None = None,
 ) -> list[PlannedTensor]:
     """The MoE: feed-forwards become experts, in the sources' order; the rest is averaged; new router.
 
     ``router_rows`` [layers, sources, hidden] are those of a router from text; for a look they may be missing.
+    ``union``: the vocabulary of all, with ``options.tokenizer`` union.
     Raises UserError where sources, or options, do not fit together.
     """
     _check(sources, options, base)
-    weights = common_weights(sources, base)
+    weights = common_weights(sources, base, any_vocabulary=union is not None)
     planned = []
     for name, info in weights.items():
         if DENSE[name][0] == "feed_forward":
             planned.append(_experts(name, info, sources, options))
+        elif union is not None and name in VOCABULARY:
+            planned.append(_united(name, info, sources, options, union))
         else:
             planned.append(_average(DENSE_TO_MOE.get(name, name), name, info, sources, options, base))
     layers, hidden = weights[_NORM].shape
@@ -111,7 +121,27 @@ def _check(sources: Mapping[str, Source], options: MixOptions, base: Source | No
         )
     if not 0 < options.router_std < math.inf:
         raise UserError(f"--router-std {options.router_std}: must be above 0 and finite")
+    if options.router_topk == 1 and not options.router_pre_softmax:
+        raise UserError(
+            "moe_router_topk 1 without pre-softmax has a constant gate, so the router gets no gradient; use "
+            "--router-pre-softmax (Switch), or --router-topk 2"
+        )
+    if options.tokenizer == "union":
+        _check_union(options)
     _check_average(sources, options, base)
+
+
+def _check_union(options: MixOptions) -> None:
+    if options.average not in ("mean", "weighted"):
+        raise UserError(
+            f"--tokenizer union with --average {options.average}: the base lacks the rows of added tokens, "
+            "so there is nothing to measure them from; use mean or weighted"
+        )
+    if options.router_init in FROM_TEXT:
+        raise UserError(
+            f"--tokenizer union with --router-init {options.router_init}: before the mix no model knows the "
+            "tokens of all; use normal"
+        )
 
 
 def _check_average(sources: Mapping[str, Source], options: MixOptions, base: Source | None) -> None:
@@ -172,7 +202,26 @@ def _average(
     inputs = {"base": ("base",), "ties": (*sources, "base"), "dare": (*sources, "base")}.get(
         kind, tuple(sources)
     )
-    return PlannedTensor(name, info, kind, inputs, make, whole=kind in ("ties", "dare"))
+    return PlannedTensor(name, info, kind, inputs, make, whole=kind in ("ties", "dare"), wide=WIDE[kind])
+
+
+def _united(
+    name: str, info: TensorInfo, sources: Mapping[str, Source], options: MixOptions, union: VocabularyUnion
+) -> PlannedTensor:
+    """Embedding or output layer: each row from those that have its token."""
+    weights = [options.weights.get(source, 1.0) for source in sources]
+
+    def average(tensors: Iterable[Tensor], members: Sequence[int]) -> Tensor:
+        own = [weights[member] for member in members]
+        if options.average == "weighted" and any(own):
+            return weighted_mean(tensors, own)
+        return mean(tensors)  # also where all that have a token weigh nothing: nobody else has it
+
+    def make(index: Index) -> Rows:
+        return united_rows(union, [rows_of(source, name, index) for source in sources.values()], average)
+
+    united = TensorInfo((union.size, *info.shape[1:]), info.dtype)
+    return PlannedTensor(name, united, f"{options.average}:union", tuple(sources), make, wide=12)
 
 
 def _finite(tensor: Tensor, name: str, index: Index, inputs: Iterable[str]) -> Tensor:
@@ -202,7 +251,9 @@ def _experts(
         )
         inputs = {unit.source: rows_of(opened[unit.source], name, (layer,)) for unit in units}
         rows = (
-            _stacked_rows(inputs, experts.fc1_rows(units, width)) if name == _FC1 else _columns(inputs, units)
+            _stacked_rows(inputs, experts.fc1_rows(units, width))
+            if name == _FC1
+            else _columns(inputs, units, new_width)
         )
         if scales is None and not options.drop_ratio:
             return rows
@@ -213,7 +264,9 @@ def _experts(
     rule = "expert" if options.experts == "stack" else f"expert:{options.experts}"
     rule += f" drop {options.drop_ratio}" if options.drop_ratio else ""
     whole = scales is not None or options.drop_ratio > 0
-    return PlannedTensor(DENSE_TO_MOE[name], out, rule, tuple(sources), make, whole)
+    # all columns of a source are read for some of them; fp64 copies of the units that are drawn anew
+    wide = info.dtype.itemsize * width / new_width + 16 * options.drop_ratio + (8 if scales else 0)
+    return PlannedTensor(DENSE_TO_MOE[name], out, rule, tuple(sources), make, whole, wide)
 
 
 def _stacked_rows(inputs: Mapping[int, Rows], spans: list[experts.Span]) -> Rows:
@@ -231,10 +284,10 @@ def _stacked_rows(inputs: Mapping[int, Rows], spans: list[experts.Span]) -> Rows
     return rows
 
 
-def _columns(inputs: Mapping[int, Rows], units: tuple[experts.Span, ...]) -> Rows:
+def _columns(inputs: Mapping[int, Rows], units: Sequence[experts.Span], width: int) -> Rows:
     def rows(start: int, stop: int) -> Tensor:
-        parts = [inputs[unit.source](start, stop)[:, unit.start : unit.stop] for unit in units]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        parts = (inputs[unit.source](start, stop)[:, unit.start : unit.stop] for unit in units)
+        return next(parts) if len(units) == 1 else side_by_side(parts, width)
 
     return rows
 
@@ -302,8 +355,13 @@ def _generator(seed: int, purpose: str, name: str, index: Index) -> torch.Genera
 # what the sources have in common
 
 
-def common_weights(sources: Mapping[str, Source], base: Source | None = None) -> dict[str, TensorInfo]:
-    """The weights that all sources have, after checking that they are the same model."""
+def common_weights(
+    sources: Mapping[str, Source], base: Source | None = None, any_vocabulary: bool = False
+) -> dict[str, TensorInfo]:
+    """The weights that all sources have, as the first has them, after checking that they are the same model.
+
+    ``any_vocabulary``: the rows of embedding and output layer may differ.
+    """
     first_name, first = next(iter(sources.items()))
     checked = {**sources, **({"(base)": base} if base is not None else {})}
     for name, source in checked.items():
@@ -317,12 +375,20 @@ def common_weights(sources: Mapping[str, Source], base: Source | None = None) ->
             raise UserError(f"expert {name} ({source.folder}): {missing[0]} is missing")
         for tensor in sorted(set(first.tensors) | set(source.tensors)):
             mine, theirs = source.tensors.get(tensor), first.tensors.get(tensor)
-            if mine != theirs:
+            if any_vocabulary and tensor in VOCABULARY and mine and theirs:
+                same = _row(mine) == _row(theirs)
+            else:
+                same = mine == theirs
+            if not same:
                 raise UserError(
                     f"{tensor} is {_text(theirs)} in expert {first_name} and {_text(mine)} in expert {name}:"
                     " experts must be branches of one model"
                 )
     return dict(first.tensors)
+
+
+def _row(info: TensorInfo) -> TensorInfo:
+    return TensorInfo(info.shape[1:], info.dtype)
 
 
 def _text(info: TensorInfo | None) -> str:

@@ -76,7 +76,7 @@ def _feature_sums(loaded: Loaded, windows: list[list[Window]], hidden: int) -> l
     from btx_megatron.evaluation.loss import held_out_loss
     from btx_megatron.model.build import unwrap
 
-    layers: Any = unwrap(loaded.model).decoder.layers  # type: ignore[union-attr]
+    layers: Any = unwrap(loaded.model[0]).decoder.layers  # type: ignore[union-attr]
     sums = [FeatureSums(len(windows), hidden) for _ in layers]
     for expert, its in enumerate(windows):
 

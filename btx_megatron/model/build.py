@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module
@@ -26,7 +25,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from btx_megatron.model.layers import LocalBackend
+from btx_megatron.model.freeze import freeze
+from btx_megatron.model.layers import LlamaModel, LocalBackend, RotaryAttention
 from btx_megatron.model.routers import Router
 from btx_megatron.recipe import Layout, Moe, Recipe, Stage
 
@@ -60,14 +60,16 @@ def transformer_config(recipe: Recipe, stage: Stage, num_experts: int | None) ->
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
+        use_te_activation_func=True,  # the backend's: ours
         add_bias_linear=False,
         bf16=training.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         use_cpu_initialization=True,
         calculate_per_token_loss=True,
-        batch_p2p_comm=False,
         **_parallelism(stage.layout, moe=num_experts is not None),
+        **_pipeline(stage.layout, model.num_layers),
+        **_recompute(stage.layout),
         **_moe(recipe.moe, num_experts),
         **_NO_FUSION,
     )
@@ -80,8 +82,28 @@ def _parallelism(layout: Layout, moe: bool) -> dict[str, Any]:
         # a dense model in a layout with EP (the evaluation's) has no experts to share out
         "expert_model_parallel_size": layout.expert_model_parallel_size if moe else 1,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel_size if moe else None,
+        "context_parallel_size": layout.context_parallel_size,
         "sequence_parallel": layout.sequence_parallel,
     }
+
+
+def _pipeline(layout: Layout, num_layers: int) -> dict[str, Any]:
+    chunk = layout.num_layers_per_virtual_pipeline_stage
+    return {
+        "virtual_pipeline_model_parallel_size": (
+            None if chunk is None else layout.pipeline_layers(num_layers)[0] // chunk
+        ),
+        "num_layers_in_first_pipeline_stage": layout.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": layout.decoder_last_pipeline_num_layers,
+        "batch_p2p_comm": False,
+        # gloo and NCCL alike: without it ranks of an interleaved pipeline that both send first would wait
+        "overlap_p2p_comm": chunk is not None,
+    }
+
+
+def _recompute(layout: Layout) -> dict[str, Any]:
+    names = ("granularity", "method", "num_layers", "modules")
+    return {f"recompute_{name}": getattr(layout, f"recompute_{name}") for name in names}
 
 
 def _moe(moe: Moe, num_experts: int | None) -> dict[str, Any]:
@@ -104,7 +126,9 @@ def _moe(moe: Moe, num_experts: int | None) -> dict[str, Any]:
 def layer_spec(config: TransformerConfig, moe: Moe) -> ModuleSpec:
     """One transformer layer: attention, and a feed-forward that is dense or a mixture of experts."""
     backend = LocalBackend()
-    mlp = get_mlp_module_spec_for_backend(backend, config.num_moe_experts, moe_grouped_gemm=False)
+    mlp = get_mlp_module_spec_for_backend(
+        backend, config.num_moe_experts, moe_grouped_gemm=False, use_te_activation_func=True
+    )
     keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.num_moe_experts is None:
         keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
@@ -119,7 +143,7 @@ def layer_spec(config: TransformerConfig, moe: Moe) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=backend.layer_norm(rms_norm=True),
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=RotaryAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_parallel_linear(),
@@ -140,34 +164,50 @@ def layer_spec(config: TransformerConfig, moe: Moe) -> ModuleSpec:
 
 def build_model(
     recipe: Recipe, stage: Stage, padded_vocab_size: int, num_experts: int | None = None
-) -> torch.nn.Module:
-    """This rank's part of the model, after ``runtime.ranks.set_layout(stage.layout)``.
+) -> list[torch.nn.Module]:
+    """This rank's part of the model, after ``runtime.ranks.set_layout``: one chunk, or several from different
+    depths where the pipeline is interleaved; what the stage freezes takes no gradient.
 
-    Under bf16 the module computes in bfloat16; the router's logits and softmax stay in fp32, and so do
+    Under bf16 the modules compute in bfloat16; the router's logits and softmax stay in fp32, and so do
     the optimizer's master copies of all weights (the router's too).
     """
     config = transformer_config(recipe, stage, num_experts)
-    layers = get_num_layers_to_build(config)
+    chunks = config.virtual_pipeline_model_parallel_size
+    # which stage is first and last, and which schedule runs, Megatron asks this global
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(chunks)
+    numbers = [None] if chunks is None else range(chunks)
+    model = [_build_chunk(recipe, config, padded_vocab_size, number) for number in numbers]
+    for chunk in model:
+        freeze(chunk, stage.training.freeze)
+    return [Float16Module(config, chunk) for chunk in model] if config.bf16 else model
+
+
+def _build_chunk(
+    recipe: Recipe, config: TransformerConfig, padded_vocab_size: int, number: int | None
+) -> torch.nn.Module:
+    layers = get_num_layers_to_build(config, number)
     spec = TransformerBlockSubmodules(
         layer_specs=[layer_spec(config, recipe.moe)] * layers,
         layer_norm=LocalBackend().layer_norm(rms_norm=True),
     )
-    model: torch.nn.Module = GPTModel(
+    whole = {"ignore_virtual": number is None, "vp_stage": number}
+    chunk: torch.nn.Module = LlamaModel(
         config,
         spec,  # type: ignore[arg-type]
         vocab_size=padded_vocab_size,
         max_sequence_length=recipe.model.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**whole),
+        post_process=parallel_state.is_pipeline_last_stage(**whole),
         share_embeddings_and_output_weights=not recipe.model.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=recipe.model.rotary_base,  # type: ignore[arg-type]
+        rope_scaling=recipe.model.use_rope_scaling,
+        rope_scaling_factor=recipe.model.rope_scaling_factor,
+        vp_stage=number,
     )
     if torch.cuda.is_available():
-        model.cuda(torch.cuda.current_device())
-    if config.bf16:
-        model = Float16Module(config, model)
-    return model
+        chunk.cuda(torch.cuda.current_device())
+    return chunk
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""The two layers that Megatron's local build lacks for this work, and the backend that offers them.
+"""What Megatron's local build lacks for this work, and the backend that offers it.
 
 Shape legend: S sequence, B micro-batch, N heads, D head width, H hidden.
 """
@@ -10,10 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from btx_megatron.model.kernels import rotate, swiglu, token_losses
 
 
 class RMSNorm(torch.nn.Module):
@@ -36,13 +40,25 @@ class RMSNorm(torch.nn.Module):
 class CausalAttention(DotProductAttention):
     """Causal core attention through torch's scaled_dot_product_attention.
 
-    Megatron's local core attention builds the [B*N, S, S] score matrix; this one does not.
+    Megatron's local core attention builds the [B*N, S, S] score matrix; this one does not. It turns queries
+    and keys itself, by the angles that RotaryAttention leaves here.
     """
+
+    _angles: Tensor | None = None
+    _cos_and_sin: tuple[Tensor, Tensor]
+
+    def turn_by(self, angles_S11D: Tensor | None, dtype: torch.dtype) -> None:
+        """Angles of the next forward pass: Megatron's table, the same object for each length."""
+        if angles_S11D is not None and angles_S11D is not self._angles:
+            self._cos_and_sin = (angles_S11D.cos().to(dtype), angles_S11D.sin().to(dtype))
+        self._angles = angles_S11D
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
     ) -> Tensor:
         """query [S, B, N, D], key and value [S, B, groups, D] -> [S, B, N*D]. The mask is always causal."""
+        if self._angles is not None:
+            query, key = rotate(query, *self._cos_and_sin), rotate(key, *self._cos_and_sin)
         q_BNSD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.attention_dropout.p if self.training else 0.0
         if dropout and not self.config.sequence_parallel:
@@ -66,8 +82,42 @@ class CausalAttention(DotProductAttention):
         )
 
 
+class RotaryAttention(SelfAttention):
+    """Megatron's self-attention, but the rotation is left to the core attention (see ``kernels.rotate``)."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """As Megatron's; ``rotary_pos_emb`` [S, 1, 1, D] are angles."""
+        self.core_attention.turn_by(rotary_pos_emb, hidden_states.dtype)  # type: ignore[operator, union-attr]
+        return super().forward(hidden_states, *args, rotary_pos_emb=None, **kwargs)
+
+
+class SwiGLU(torch.nn.Module):
+    """[..., 2F] -> [..., F], where Transformer Engine would put an activation of its own."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, gate_and_up: Tensor) -> Tensor:
+        return swiglu(gate_and_up)
+
+
+class LlamaModel(GPTModel):
+    """Megatron's GPT model; its losses are made in one go where the vocabulary is not cut."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [B, S], logits [S, B, V] -> losses [B, S]."""
+        if self.config.tensor_model_parallel_size > 1:
+            return super().compute_language_model_loss(labels, logits)
+        return token_losses(logits, labels.T).T.contiguous()
+
+
 class LocalBackend(LocalSpecProvider):
-    """Megatron's local build with the two layers above."""
+    """Megatron's local build with the layers above."""
+
+    def activation_func(self) -> Any:
+        return SwiGLU
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
         return RMSNorm

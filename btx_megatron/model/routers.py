@@ -6,11 +6,13 @@ A router gets neither the step nor the sample number from Megatron; the training
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -52,7 +54,7 @@ class Router(TopKRouter):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [S, B, E] -> gates [T, E], routes [T, E] (bool)."""
         gates_TE, routes_TE = super().routing(logits, padding_mask)
-        if torch.is_grad_enabled() or not self.training:  # not twice under activation recompute
+        if not (is_checkpointing() and torch.is_grad_enabled()):  # not again when activations are recomputed
             self.tokens_per_expert += self._counted(routes_TE.detach(), logits.shape[0]).sum(dim=0)
         if self.balancing == "btx" and self.balancing_coeff > 0 and self.training and torch.is_grad_enabled():
             gates_TE = self._attach_balancing(gates_TE, logits.view(-1, self.num_experts))
@@ -99,6 +101,6 @@ def take_balancing_loss() -> float:
     return value
 
 
-def routers_of(model: torch.nn.Module) -> dict[int, Router]:
-    """Routers on this rank, by 0-based layer number."""
-    return {m.layer_number - 1: m for m in model.modules() if isinstance(m, Router)}
+def routers_of(model: Iterable[torch.nn.Module]) -> dict[int, Router]:
+    """Routers of all chunks on this rank, by 0-based layer number."""
+    return {m.layer_number - 1: m for chunk in model for m in chunk.modules() if isinstance(m, Router)}

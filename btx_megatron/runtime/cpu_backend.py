@@ -42,6 +42,7 @@ def install() -> None:
     _redirect_device_queries()
     _redirect_tensor_types()
     _redirect_random_state()
+    _redirect_uneven_collectives()
     _quiet_hardware_warnings()
     _patch_megatron()
 
@@ -122,6 +123,47 @@ def _redirect_random_state() -> None:
     torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)  # type: ignore[assignment]
     torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment, return-value]
+
+
+def _redirect_uneven_collectives() -> None:
+    """The all-to-all dispatcher gathers pieces of uneven length over expert tensor parallelism, and scatters
+    their gradients; NCCL can, gloo wants equal ones."""
+    all_gather, reduce_scatter = torch.distributed.all_gather, torch.distributed.reduce_scatter
+
+    @functools.wraps(all_gather)
+    def gather(pieces: list[torch.Tensor], mine: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = _rows_if_uneven(pieces)
+        if rows is None:
+            return all_gather(pieces, mine, *args, **kwargs)
+        padded = [_with_rows(piece, rows) for piece in pieces]
+        all_gather(padded, _with_rows(mine, rows), *args, **kwargs)
+        for piece, its in zip(pieces, padded, strict=True):
+            piece.copy_(its[: len(piece)])
+        return None
+
+    @functools.wraps(reduce_scatter)
+    def scatter(mine: torch.Tensor, pieces: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        rows = _rows_if_uneven(pieces)
+        if rows is None:
+            return reduce_scatter(mine, pieces, *args, **kwargs)
+        padded = _with_rows(mine, rows)
+        reduce_scatter(padded, [_with_rows(piece, rows) for piece in pieces], *args, **kwargs)
+        mine.copy_(padded[: len(mine)])
+        return None
+
+    torch.distributed.all_gather, torch.distributed.reduce_scatter = gather, scatter
+
+
+def _rows_if_uneven(pieces: list[torch.Tensor]) -> int | None:
+    """Rows of the longest piece, where they are not all as long."""
+    lengths = {len(piece) if piece.dim() else 1 for piece in pieces}
+    return max(lengths) if len(lengths) > 1 else None
+
+
+def _with_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    padded = tensor.new_zeros(rows, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor.detach()
+    return padded
 
 
 def _quiet_hardware_warnings() -> None:

@@ -29,10 +29,16 @@ def guardian_environment() -> dict[str, str]:
 
 
 def before_exec() -> Callable[[], None]:
-    """A ``preexec_fn`` for a program that knows nothing of guardians, such as torchrun."""
+    """A ``preexec_fn`` for a program that knows nothing of guardians, such as torchrun.
+
+    It and what it starts ignore SIGUSR1 and SIGUSR2, which schedulers send to every process of a job: they
+    are for the supervisor, and would kill a torchrun, which leaves its ranks behind.
+    """
     parent = os.getpid()
 
     def prepare_child() -> None:
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
         _die_with_parent()
         if os.getppid() != parent:
             os._exit(1)

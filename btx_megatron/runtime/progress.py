@@ -29,6 +29,21 @@ class ProgressRecord:
     text: str
     time: float
     """Seconds since 1970, when it was written."""
+    first_done: int
+    """``done`` at the first report of the phase in this attempt; a resumed stage does not begin at 0."""
+    first_time: float
+    """Time of that report."""
+
+    @property
+    def rate(self) -> float | None:
+        """Units a second since the first report; None until there is something to measure."""
+        seconds, units = self.time - self.first_time, self.done - self.first_done
+        return units / seconds if seconds > 0 and units > 0 else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the phase ends, at this rate."""
+        return (self.total - self.done) / self.rate if self.rate else None
 
 
 class Progress:
@@ -37,6 +52,7 @@ class Progress:
     def __init__(self, work_folder: Path) -> None:
         self._path = work_folder / PROGRESS_FILE
         self._phase = ""
+        self._first = (0, 0.0)
         self._written = 0.0
 
     def update(self, phase: str, done: int, total: int, text: str = "") -> None:
@@ -45,8 +61,10 @@ class Progress:
         soon = now - self._written < _SECONDS_BETWEEN_WRITES
         if soon and phase == self._phase and done < total:
             return
-        self._phase, self._written = phase, now
-        record = json.dumps(asdict(ProgressRecord(phase, done, total, text, now)))
+        if phase != self._phase:
+            self._phase, self._first = phase, (done, now)
+        self._written = now
+        record = json.dumps(asdict(ProgressRecord(phase, done, total, text, now, *self._first)))
         with contextlib.suppress(OSError):  # a full disk must not end the work for the sake of a bar
             replace_file(self._path, record)
 

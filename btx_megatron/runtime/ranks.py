@@ -17,6 +17,7 @@ from btx_megatron.recipe import Layout
 from btx_megatron.runtime import cpu_backend
 
 TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others, where no recipe says otherwise."""
 
 
 def device() -> torch.device:
@@ -26,15 +27,18 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def start_ranks() -> None:
-    """Join the process group that torchrun's environment describes. Must run before Megatron is imported."""
+def start_ranks(timeout: timedelta = TIMEOUT) -> None:
+    """Join the process group that torchrun's environment describes. Must run before Megatron is imported.
+
+    ``timeout``: of every collective.
+    """
     _quiet_logs()
     cpu_backend.install()
     if cpu_backend.have_cuda():
         torch.cuda.set_device(device())
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     backend = "nccl" if cpu_backend.have_cuda() else "gloo"
-    torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+    torch.distributed.init_process_group(backend, timeout=timeout)
 
 
 def _quiet_logs() -> None:
@@ -57,18 +61,27 @@ def free_port() -> int:
 
 
 @contextmanager
-def joined_ranks() -> Iterator[None]:
+def joined_ranks(timeout: timedelta = TIMEOUT) -> Iterator[None]:
     """start_ranks, and stop_ranks where all ranks come to the end together.
 
     After an error the others may never come, and to leave in order would be to wait for them.
     """
-    start_ranks()
+    start_ranks(timeout)
     try:
         yield
     except Stopped:  # on all ranks, after the same step
         stop_ranks()
         raise
     stop_ranks()
+
+
+def _leave_groups() -> None:
+    """End the groups of the last layout: Megatron forgets them, but gloo keeps threads for each of them."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
 
 
 def set_layout(layout: Layout, seed: int) -> None:
@@ -79,9 +92,11 @@ def set_layout(layout: Layout, seed: int) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.destroy_model_parallel()
+    _leave_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         create_gloo_process_groups=False,

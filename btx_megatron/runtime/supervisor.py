@@ -2,9 +2,9 @@
 
 Each stage runs in a session of its own, so Ctrl-C in the terminal reaches the supervisor alone. On SIGINT,
 SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP (unless started with nohup) it asks every stage that can save to do so,
-kills the others, and waits; a second Ctrl-C kills all at once. There are no threads: a child's parent-death
-signal (runtime/parent.py) is tied to the thread that started it, and forking beside threads is how programs
-hang.
+kills the others, and waits; a second Ctrl-C kills all at once. A stage whose ranks stand still for too long
+is killed, too, with a word on which rank it was. There are no threads: a child's parent-death signal
+(runtime/parent.py) is tied to the thread that started it, and forking beside threads is how programs hang.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from btx_megatron.runtime.heartbeat import HangWatch, clear_beats
 from btx_megatron.runtime.outcome import Outcome, clear_outcome, read_outcome
 from btx_megatron.runtime.parent import before_exec, guardian_environment
 from btx_megatron.runtime.progress import PROGRESS_FILE
@@ -48,6 +49,9 @@ class Command:
     """Output and errors are appended to it."""
     can_stop: bool
     """True: it looks for a stop request and saves. False: it is killed and starts over."""
+    timeout_seconds: float | None = None
+    """Once its ranks say how far they are (runtime/heartbeat.py): how long they may stand still; None: for
+    ever."""
 
 
 class _Child:
@@ -56,6 +60,9 @@ class _Child:
     def __init__(self, command: Command) -> None:
         self.command = command
         self.told_to_stop = False
+        self.hang: str | None = None
+        timeout = command.timeout_seconds
+        self._hang_watch = HangWatch(command.work_folder, timeout) if timeout is not None else None
         self.stopwatch = Stopwatch(command.work_folder)
         with command.log.open("ab") as log:
             log.write(f"--- {datetime.now(UTC).isoformat(timespec='seconds')} ---\n".encode())
@@ -84,8 +91,17 @@ class _Child:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
 
+    def end_if_it_hangs(self) -> None:
+        """Kill it once its ranks have stood still for too long, and keep who is to blame."""
+        if self._hang_watch and not self.hang:
+            self.hang = self._hang_watch.look()
+            if self.hang:
+                self.kill()
+
     def outcome(self, killed: bool) -> Outcome:
         """How it ended. Its files come first: torchrun's exit code tells little."""
+        if self.hang:
+            return Outcome("failed", self.hang)
         left = read_outcome(self.command.work_folder)
         interrupted = self.told_to_stop and (killed or not self.command.can_stop)
         if interrupted and (left is None or left.kind != "done"):
@@ -131,6 +147,7 @@ class Supervisor:
         """Start a stage; what an earlier attempt left of outcome, progress and stop request is forgotten."""
         clear_outcome(command.work_folder)
         clear_stop(command.work_folder)
+        clear_beats(command.work_folder)
         (command.work_folder / PROGRESS_FILE).unlink(missing_ok=True)
         self._children[name] = _Child(command)
 
@@ -141,6 +158,7 @@ class Supervisor:
         for name, child in list(self._children.items()):
             if child.process.poll() is None:
                 child.stopwatch.tick()
+                child.end_if_it_hangs()
                 continue
             del self._children[name]
             child.stopwatch.save()

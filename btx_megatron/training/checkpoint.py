@@ -3,6 +3,7 @@
     checkpoints/latest_checkpointed_iteration.txt     written last: what it names is whole
     checkpoints/iter_0000100/                         weights, optimizer, schedule, RNG, recipe
 
+What is in one, and how it is read back; how and when one is written is told in training/saver.py.
 A stage resumes from everything; from one stage to the next only weights travel. Optimizer state is
 ``fully_reshardable``: it loads under another TP, PP or DP. Random generators are restored where the
 layout is the same, for there alone they mean the same.
@@ -10,11 +11,9 @@ layout is the same, for there alone they mean the same.
 
 from __future__ import annotations
 
-import queue
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,16 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from btx_megatron.checkpoints.names import is_weight
-from btx_megatron.checkpoints.tracker import (
-    checkpoint_name,
-    find_checkpoint,
-    latest_checkpoint,
-    prune,
-    write_tracker,
-)
+from btx_megatron.checkpoints.tracker import find_checkpoint, latest_checkpoint
 from btx_megatron.errors import UserError
 from btx_megatron.model.build import unwrap
 from btx_megatron.recipe import Layout
+from btx_megatron.training.loss_watch import Skips
 from btx_megatron.training.optimizer import ready_for_loading, unshare_steps
 
 
@@ -45,7 +38,8 @@ from btx_megatron.training.optimizer import ready_for_loading, unshare_steps
 class TrainingState:
     """What a checkpoint holds beside the weights."""
 
-    model: torch.nn.Module
+    model: Sequence[torch.nn.Module]
+    """The chunks of this rank."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     layout: Layout
@@ -53,34 +47,23 @@ class TrainingState:
     """Steps done."""
     consumed_samples: int = 0
     """Samples of the training order that have been used."""
+    skips: Skips = field(default_factory=Skips)
+    """Steps that were skipped."""
 
 
-def save(folder: Path, state: TrainingState, extra: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint on all ranks together; the tracker moves when all of it is on disk.
+def state_to_save(state: TrainingState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Megatron's sharded state dict of all that a checkpoint holds, and metadata on how to read it.
 
-    ``extra`` holds plain values that travel along (the recipe). Older checkpoints beyond ``keep`` go.
+    A collective; the tensors are the live ones.
     """
-    path = folder / checkpoint_name(state.iteration)
-    if torch.distributed.get_rank() == 0:
-        if path != latest_checkpoint(folder):
-            shutil.rmtree(path, ignore_errors=True)  # what a save that never ended has left
-        path.mkdir(parents=True, exist_ok=True)
-    torch.distributed.barrier()
     if state.layout.overlap_param_gather:
         # the step's new weights would reach the other ranks in the next forward pass only
         with torch.no_grad():
-            state.model.start_param_sync(force_sync=True)  # type: ignore[operator]
-    # A synchronous save writes from this very process: its results need no queue between processes,
-    # and the one that Megatron would start costs seconds and imports the main module again.
-    filesystem_async._results_queue = queue.Queue()
+            for chunk in state.model:
+                chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
     metadata = _metadata()
     content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
-    dist_checkpointing.save(_state_dict(state, metadata) | extra, str(path), content_metadata=content)
-    if torch.distributed.get_rank() == 0:
-        write_tracker(folder, str(state.iteration))
-        prune(folder, state.iteration, keep)
-    torch.distributed.barrier()
-    return path
+    return _state_dict(state, metadata), content
 
 
 def resume(folder: Path, state: TrainingState) -> bool:
@@ -98,10 +81,10 @@ def _resume(path: Path, state: TrainingState) -> None:
     _check_reshardable(path, common["layout"], asdict(state.layout))
     ready_for_loading(state.optimizer)
     wanted = _state_dict(state, _metadata() | common["content_metadata"], loading=True)
-    if common["layout"] != asdict(state.layout):
+    if not _drawing_alike(common["layout"], asdict(state.layout)):
         del wanted["rng_state"]
     loaded = dist_checkpointing.load(wanted, str(path))
-    unwrap(state.model).load_state_dict(loaded["model"])
+    _take_weights(state.model, loaded["model"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     unshare_steps(state.optimizer)
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -109,6 +92,16 @@ def _resume(path: Path, state: TrainingState) -> None:
         _restore_rng(loaded["rng_state"])
     state.iteration = loaded["iteration"]
     state.consumed_samples = loaded["consumed_samples"]
+    state.skips.total, state.skips.in_a_row = loaded["skips"]["total"], loaded["skips"]["in_a_row"]
+
+
+def _drawing_alike(saved: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a rank of one layout draws what the same rank of the other would."""
+    return all(
+        saved.get(key) == value
+        for key, value in wanted.items()
+        if not key.startswith(("overlap_", "recompute_"))
+    )
 
 
 @contextmanager
@@ -135,22 +128,24 @@ def _check_reshardable(path: Path, saved: dict[str, Any], wanted: dict[str, Any]
             )
 
 
-def load_weights(folder: Path, model: torch.nn.Module) -> None:
+def load_weights(folder: Path, model: Sequence[torch.nn.Module]) -> None:
     """Take the weights alone of the latest checkpoint in ``folder``; every weight must be there."""
     path = find_checkpoint(folder)
-    sharded = _sharded_weights(model, _metadata())
     # the local layers' _extra_state is empty, and converters need not write it
-    wanted = {"model": {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}}
+    weights = {
+        number: {key: value for key, value in chunk.items() if not key.endswith("_extra_state")}
+        for number, chunk in _sharded_weights(model, _metadata()).items()
+    }
     with _reading(path, "make its stage again"):
         # Megatron calls "missing" what the checkpoint has beyond the model, and "unexpected" the reverse
-        loaded, extra, absent = dist_checkpointing.load(wanted, str(path), strict="return_all")
+        loaded, extra, absent = dist_checkpointing.load({"model": weights}, str(path), strict="return_all")
     left_over = sorted(key for key in extra if is_weight(key))
     if absent or left_over:
         raise UserError(
             f"{path}: not the weights of this model: "
             f"it lacks {sorted(absent)[:3]}, it has {left_over[:3]} too"
         )
-    unwrap(model).load_state_dict(loaded["model"], strict=False)
+    _take_weights(model, loaded["model"], strict=False)
 
 
 def _metadata() -> dict[str, Any]:
@@ -163,8 +158,19 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _sharded_weights(model: torch.nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
-    return unwrap(model).sharded_state_dict(metadata=metadata)  # type: ignore[operator, no-any-return]
+def _sharded_weights(model: Sequence[torch.nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
+    """By the number of the chunk. The files know nothing of chunks: a weight's key there is its layer's."""
+    return {
+        str(number): unwrap(chunk).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        for number, chunk in enumerate(model)
+    }
+
+
+def _take_weights(
+    model: Sequence[torch.nn.Module], loaded: dict[str, dict[str, Any]], strict: bool = True
+) -> None:
+    for number, chunk in enumerate(model):
+        unwrap(chunk).load_state_dict(loaded[str(number)], strict=strict)
 
 
 def _state_dict(state: TrainingState, metadata: dict[str, Any], loading: bool = False) -> dict[str, Any]:
@@ -176,6 +182,7 @@ def _state_dict(state: TrainingState, metadata: dict[str, Any], loading: bool = 
         "rng_state": _rng_object(),
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,
+        "skips": asdict(state.skips),
         "layout": asdict(state.layout),
     }
 

@@ -7,9 +7,10 @@ the whole batch (``calculate_per_token_loss``), so that no layout and no micro-b
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,17 +21,16 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from btx_megatron.errors import StageFailed
 from btx_megatron.model.build import build_model
 from btx_megatron.model.routers import batch_context, take_balancing_loss
 from btx_megatron.recipe import Recipe, Stage
 from btx_megatron.runtime.ranks import device
+from btx_megatron.training.finite import FiniteOptimizer
 from btx_megatron.training.metrics import StepResult
 from btx_megatron.training.optimizer import build_optimizer, build_scheduler
 
@@ -49,14 +49,14 @@ class Trainer:
         assert stage.training.train_iters is not None
         self.recipe, self.stage = recipe, stage
         self.model = _wrap(build_model(recipe, stage, padded_vocab_size, num_experts), stage)
-        self.optimizer: MegatronOptimizer = build_optimizer(self.model, stage)
+        """This rank's chunks: one, or several where the pipeline is interleaved."""
+        self.optimizer = FiniteOptimizer(build_optimizer(self.model, stage).chained_optimizers)
         self.scheduler: OptimizerParamScheduler = build_scheduler(
             self.optimizer, stage.training, stage.training.train_iters
         )
         balancing = recipe.moe.moe_router_load_balancing_type != "none" and recipe.moe.moe_aux_loss_coeff > 0
         self.balanced = num_experts is not None and balancing
         self._connect()
-        self._run = get_forward_backward_func()
 
     @property
     def micro_batches(self) -> int:
@@ -67,38 +67,36 @@ class Trainer:
         )
 
     def step(self, batches: Iterator[Batch], stop_requested: bool = False) -> StepResult:
-        """One optimizer step over ``micro_batches`` batches; ``stop_requested`` on any rank reaches all."""
+        """One optimizer step over ``micro_batches`` batches; ``stop_requested`` on any rank reaches all.
+
+        Where the loss or the gradient is not finite nothing moves: no weight, no moment, no schedule.
+        """
         started = time.perf_counter()
-        self.model.zero_grad_buffer()
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._run(
-            forward_step_func=forward_step,
-            data_iterator=batches,
-            model=[self.model],
-            num_microbatches=self.micro_batches,
-            seq_length=self.recipe.model.seq_length,
-            micro_batch_size=self.stage.training.micro_batch_size,
-            forward_only=False,
+        losses = run_micro_batches(
+            self.model, batches, self.micro_batches, self.stage, self.recipe.model.seq_length
         )
         balancing = take_balancing_loss()
         loss_sum, tokens, balancing_sum, stops = sum_over_ranks(losses, balancing, float(stop_requested))
         loss = loss_sum / tokens
-        if not math.isfinite(loss):
-            raise StageFailed(f"the loss is {loss}: lower training.lr, or look at the data of this step")
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
-        if grad_norm is not None and not math.isfinite(grad_norm):
-            raise StageFailed(f"the gradient's norm is {grad_norm}; nothing of this step is saved")
-        self.scheduler.step(increment=self.stage.training.global_batch_size)
+        done, grad_norm = False, math.nan
+        if math.isfinite(loss):
+            done, grad_norm, _ = self.optimizer.step()
+        if done:  # as in Megatron, the schedule waits where a step is skipped
+            self.scheduler.step(increment=self.stage.training.global_batch_size)
         seconds = time.perf_counter() - started
         return StepResult(
             lm_loss=loss,
             tokens=int(tokens),
-            grad_norm=float(grad_norm or 0.0),
+            grad_norm=float(grad_norm),
             learning_rate=learning_rate,
             seconds=seconds,
             balancing_loss=self._mean_balancing(balancing_sum),
             stop=stops > 0,
+            skipped=not done,
         )
 
     def _mean_balancing(self, total: float) -> float | None:
@@ -109,16 +107,21 @@ class Trainer:
 
     def _connect(self) -> None:
         """Hand Megatron's schedules the callbacks that its own training script would."""
-        config, layout = get_model_config(self.model), self.stage.layout
+        config, layout = get_model_config(self.model[0]), self.stage.layout
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
         if layout.overlap_grad_reduce:
-            config.no_sync_func = self.model.no_sync
+            config.no_sync_func = _each_or_only([chunk.no_sync for chunk in self.model])
         if layout.overlap_param_gather:
-            config.param_sync_func = self.model.start_param_sync
+            config.param_sync_func = _each_or_only([chunk.start_param_sync for chunk in self.model])
 
 
-def _wrap(model: torch.nn.Module, stage: Stage) -> DistributedDataParallel:
+def _each_or_only(callbacks: list[Any]) -> Any:
+    """Megatron wants a list for several chunks, and the callback itself for one."""
+    return callbacks if len(callbacks) > 1 else callbacks[0]
+
+
+def _wrap(model: list[torch.nn.Module], stage: Stage) -> list[DistributedDataParallel]:
     layout = stage.layout
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -126,7 +129,36 @@ def _wrap(model: torch.nn.Module, stage: Stage) -> DistributedDataParallel:
         overlap_param_gather=layout.overlap_param_gather,
         use_distributed_optimizer=layout.use_distributed_optimizer,
     )
-    return DistributedDataParallel(get_model_config(model), config, model)
+    # as in Megatron's training script: the first chunk is the last to have its gradients, and is waited for
+    return [
+        DistributedDataParallel(get_model_config(chunk), config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(model)
+    ]
+
+
+def run_micro_batches(
+    model: Sequence[torch.nn.Module],
+    batches: Iterator[Batch],
+    count: int,
+    stage: Stage,
+    seq_length: int,
+    forward_only: bool = False,
+) -> list[Tensor]:
+    """``count`` micro-batches through the pipeline, and back; [loss sum, tokens] of each, where they are.
+
+    The last pipeline stage alone has them; ``batches`` moves on by ``count`` in any case.
+    """
+    each = itertools.tee(batches, len(model))  # every chunk sees every micro-batch, at its own time
+    losses: list[Tensor] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=_each_or_only(list(each)),
+        model=list(model),
+        num_microbatches=count,
+        seq_length=seq_length,
+        micro_batch_size=stage.training.micro_batch_size,
+        forward_only=forward_only,
+    )
+    return losses
 
 
 def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -163,12 +195,14 @@ def sum_over_ranks(losses: list[Tensor], *more: float) -> tuple[float, ...]:
 
 
 @contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model without dropout, gradients or balancing."""
-    was_training = model.training
-    model.eval()
+def evaluating(model: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """The chunks of a model without dropout, gradients or balancing."""
+    were_training = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for chunk, was_training in zip(model, were_training, strict=True):
+            chunk.train(was_training)

@@ -13,7 +13,14 @@ from torch import Tensor
 from btx_megatron.checkpoints import stream as engine
 from btx_megatron.checkpoints.megatron_dist import DistCheckpoint, DistLayout
 from btx_megatron.checkpoints.pieces import TensorInfo
-from btx_megatron.checkpoints.stream import BUFFERS, BUFFERS_WHOLE, Effort, PlannedTensor, stream
+from btx_megatron.checkpoints.stream import (
+    OWN_COPIES,
+    Effort,
+    PlannedTensor,
+    job_bytes,
+    peak_bytes,
+    stream,
+)
 from btx_megatron.errors import UserError
 
 NAME = "decoder.layers.mlp.linear_fc2.weight"
@@ -25,29 +32,50 @@ def planned(values: Tensor, whole: bool = False) -> PlannedTensor:
     return PlannedTensor(NAME, info, "test", ("x",), lambda i: lambda a, b: values[i[0]][a:b], whole)
 
 
-@given(st.integers(1, 64), st.integers(1, 1 << 34))
-def test_buffers_stay_below_the_bound(workers: int, bound: int) -> None:
-    threads, block = Effort(workers, bound).fit([planned(VALUES)])
-    assert threads == workers
-    assert threads * BUFFERS * block <= bound or block == 1
-    assert block <= engine.BLOCK_BYTES
+@given(st.integers(1, 64), st.integers(1 << 27, 1 << 34))
+def test_memory_stays_below_the_bound(workers: int, bound: int) -> None:
+    large = PlannedTensor(
+        NAME, TensorInfo((90, 40_000, 500), torch.bfloat16), "test", (), lambda i: rows_of_none
+    )
+    threads, block = Effort(workers, bound).fit([large])
+    assert peak_bytes([large], threads, block) <= bound
+    assert engine.SMALLEST_BLOCK <= block <= engine.BLOCK_BYTES
+    assert 1 <= threads <= workers
+    assert threads == workers or block == engine.SMALLEST_BLOCK  # smaller blocks come first
+    more = Effort(workers, 2 * bound).fit([large])
+    assert more[0] >= threads
+
+
+def rows_of_none(start: int, stop: int) -> Tensor:
+    raise AssertionError
+
+
+def test_without_a_bound_blocks_are_of_the_usual_size() -> None:
+    assert Effort(3).fit([planned(VALUES)]) == (3, engine.BLOCK_BYTES)
 
 
 def test_rules_that_need_whole_parts_take_threads_or_are_refused() -> None:
-    need = 40 * 50 * 4 * BUFFERS_WHOLE
     plan = [planned(VALUES, whole=True)]
-    assert Effort(8, 3 * need).fit(plan)[0] == 3
-    assert Effort(2, 3 * need).fit(plan)[0] == 2
-    with pytest.raises(UserError, match=rf"is made whole, which takes about {need} bytes"):
-        Effort(8, need - 1).fit(plan)
+    one, two = (peak_bytes(plan, threads, 1) for threads in (1, 2))
+    assert two - one == job_bytes(plan[0], 1) == 40 * 50 * (4 * OWN_COPIES + 8)
+    assert Effort(8, two).fit(plan)[0] == 2
+    assert Effort(8, two - 1).fit(plan)[0] == 1
+    with pytest.raises(
+        UserError, match=rf"{one - 1}: this takes {one} bytes at least, most of it for {NAME} "
+    ):
+        Effort(8, one - 1).fit(plan)
 
 
-@pytest.mark.parametrize("effort", [Effort(1), Effort(7), Effort(2, 5_000)])
-def test_threads_and_blocks_change_nothing(tmp_path: Path, effort: Effort) -> None:
+@pytest.mark.parametrize("effort", [Effort(1), Effort(7), Effort(2)])
+@pytest.mark.parametrize("block", [1, 1_000, 1 << 20])
+def test_threads_and_blocks_change_nothing(
+    tmp_path: Path, effort: Effort, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = [planned(VALUES)]
     tables = []
     for name, one in (("a", Effort(1, 1 << 30)), ("b", effort)):
         layout = DistLayout(tmp_path / name, {NAME: plan[0].info})
+        monkeypatch.setattr(engine, "BLOCK_BYTES", block if name == "b" else 1 << 20)
         tables.append(stream(plan, layout, one))
         layout.finish({})
     assert tables[0] == tables[1]

@@ -32,6 +32,13 @@ def test_prune_never_takes_the_latest(tmp_path: Path, there: list[int], keep: in
     assert latest_checkpoint(tmp_path) == tmp_path / "iter_0000120"
 
 
+def test_every_nth_checkpoint_stays(tmp_path: Path) -> None:
+    for step in (50, 100, 150, 200, 220, 300):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+    prune(tmp_path, 220, keep=1, retain_interval=100)  # 300: of a save that was killed
+    assert folders(tmp_path) == [f"iter_{step:07d}" for step in (100, 200, 220)]
+
+
 def test_a_run_is_no_checkpoint_but_its_stages_are(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").touch()
     with pytest.raises(UserError, match="a run, not a checkpoint; name one of its stages"):

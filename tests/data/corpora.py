@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -43,3 +44,9 @@ def random_words(seed: int, count: int) -> str:
     draw = random.Random(seed)
     syllables = [a + b for a in "bdfklmnprstv" for b in "aeiou"]
     return " ".join("".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(count))
+
+
+def json_lines(texts: list[str], key: str = "text") -> str:
+    """JSON lines, one a text, as a web corpus has them."""
+    lines = [json.dumps({"id": i, key: text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
+    return "".join(f"{line}\n" for line in lines)

@@ -13,9 +13,11 @@ from corpora import small_recipe
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from btx_megatron.data.blend import TrainingSamples, batches, source_weights, surplus
+from btx_megatron.data.blend import TrainingSamples, batches, surplus
+from btx_megatron.data.folder import token_prefix
 from btx_megatron.data.indexed import IndexedTokens
-from btx_megatron.data.prepare import prepare, token_prefix
+from btx_megatron.data.prepare import prepare
+from btx_megatron.data.weights import source_weights
 from btx_megatron.errors import UserError
 from btx_megatron.recipe import Domain, Source
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from btx_megatron.data.folder import token_prefix
 from btx_megatron.data.held_out import held_out_windows, proportional, stream_windows
 from btx_megatron.data.indexed import IndexedTokens
-from btx_megatron.data.prepare import token_prefix
 from btx_megatron.errors import UserError
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from corpora import random_words, small_recipe, write_files
 
+from btx_megatron.data.folder import read_statistics, token_prefix
 from btx_megatron.data.indexed import IndexedTokens
-from btx_megatron.data.prepare import first_bytes, prepare, read_statistics, token_prefix, tokenizer_path
+from btx_megatron.data.prepare import first_bytes, prepare, tokenizer_path
 from btx_megatron.data.tokenizer import Tokenizer
 from btx_megatron.errors import UserError
 from btx_megatron.recipe import Recipe
@@ -119,7 +120,7 @@ def test_a_given_tokenizer_is_taken(data_folder: Path, tmp_path: Path) -> None:
 
 
 def test_training_text_is_cut_at_a_character(tmp_path: Path) -> None:
-    from btx_megatron.data.corpus import Document, text_digest
+    from btx_megatron.data.document import Document, text_digest
 
     paths = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
     for path, text in zip(paths, ["abc", "äöü", "never"], strict=True):

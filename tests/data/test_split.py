@@ -3,7 +3,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btx_megatron.data.corpus import Document, text_digest
+from btx_megatron.data.document import Document, text_digest
 from btx_megatron.data.split import Splitter
 
 sizes = st.lists(st.integers(1, 5000), min_size=2, max_size=60)

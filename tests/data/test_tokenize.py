@@ -5,7 +5,8 @@ import pytest
 from corpora import random_words, write_files
 
 from btx_megatron.data import tokenize as tokenize_module
-from btx_megatron.data.corpus import Document, collect, locate
+from btx_megatron.data.corpus import collect, locate
+from btx_megatron.data.document import Document
 from btx_megatron.data.indexed import IndexedTokens, bin_path, idx_path
 from btx_megatron.data.tokenize import Counts, tokenize
 from btx_megatron.data.tokenizer import Tokenizer

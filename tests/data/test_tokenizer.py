@@ -11,11 +11,11 @@ from btx_megatron import recipe
 from btx_megatron.data.tokenizer import (
     Tokenizer,
     cached_tokenizer,
-    padded_vocab_size,
     take_tokenizer,
     train_tokenizer,
 )
 from btx_megatron.errors import UserError
+from btx_megatron.estimate import padded_vocab_size
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ def evaluation() -> dict[str, Any]:
 
 
 def test_summary_equals_arithmetic(summary: dict[str, Any]) -> None:
-    assert list(summary) == ["held_out_loss", "tokens", "stage_seconds", "parameters"]
+    assert list(summary) == ["held_out_loss", "tokens", "flops", "stage_seconds", "parameters"]
     assert list(summary["held_out_loss"]) == list(LOSSES)
     assert list(summary["held_out_loss"]["btx"]) == [*DOMAINS, "mean"]
     assert summary["held_out_loss"]["expert:math"] == pytest.approx(
@@ -115,6 +115,21 @@ def test_summary_equals_arithmetic(summary: dict[str, Any]) -> None:
         "dense": 651,
         "btx": 650,
     }
+    # 6 FLOPs a weight that is multiplied with (the padded vocabulary's too), and half a square of scores
+    dense = 6 * (2 * 64 + 2 * 96 + 4 * 128) + 3 * 2 * 4 * 4 * 256 / 2
+    moe = dense + 6 * (2 * 96 + 2 * 4 * 4)
+    assert summary["flops"] == pytest.approx(
+        {
+            "seed": 0,
+            "expert:prose": 100 * dense,
+            "expert:code": 200 * dense,
+            "expert:math": 300 * dense,
+            "average": 600 * dense,
+            "merged": 600 * dense,
+            "dense": 651 * dense,
+            "btx": 600 * dense + 50 * moe,
+        }
+    )
     assert summary["stage_seconds"]["mix"] == 1.25
     assert set(summary["stage_seconds"]) == {"prepare", *TOKENS, "mix", "average", "evaluate"}
     # embeddings and head 2*10*4; a layer: attention 4*4*4, norms 2*4; final norm 4; SwiGLU 3*4*8 a layer
@@ -136,8 +151,8 @@ def test_the_folder_holds_summary_pictures_and_page(
     assert_is_picture(files["losses.png"])
     assert_is_picture(files["routing.png"])
     page = files["report.md"].decode()
-    assert "| `btx` | 3.600 | 3.100 | 3.500 | **3.400** | 650 |" in page
-    assert "| `expert:prose` | **3.500** | 5.000 | 5.600 | 4.700 | 100 |" in page
+    assert "| `btx` | 3.600 | 3.100 | 3.500 | **3.400** | 650 | 1.13e+07 |" in page
+    assert "| `expert:prose` | **3.500** | 5.000 | 5.600 | 4.700 | 100 | 1.73e+06 |" in page
     assert "- 0.100 nats better than `dense`" in page
     assert "- 1.300 nats better than `expert:prose`; on its own domain, 0.100 nats worse than it." in page
     assert "| expert:prose | TP2 SP | 100 | 30.0 |" in page

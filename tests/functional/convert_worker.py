@@ -81,7 +81,7 @@ def build(case: str, layout: Layout, seed: int, layers: int = 2) -> torch.nn.Mod
 
     recipe = recipe_of(case, layers)
     experts = EXPERTS if case.startswith("moe") else None
-    model = build_model(recipe, Stage(layout=layout, training=recipe.training), PADDED, experts)
+    (model,) = build_model(recipe, Stage(layout=layout, training=recipe.training), PADDED, experts)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data.uniform_(0.5, 1.5)
@@ -124,7 +124,7 @@ def logits(model: torch.nn.Module) -> Tensor:
     from btx_megatron.training.trainer import evaluating
 
     arguments = (tokens(), torch.arange(SMALL.seq_length).expand(2, -1), None)
-    with evaluating(model):
+    with evaluating([model]):
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
             return gather_from_tensor_model_parallel_region(model(*arguments))
         dtype = next(model.parameters()).dtype
@@ -143,7 +143,7 @@ def save_case(folder: Path, case: str) -> None:
     for name, layout in layouts_of(case).items():
         model = build(case, layout, seed=CASES.index(case))
         if name != "DP2":
-            load_weights(folder / case / "DP2", model)
+            load_weights(folder / case / "DP2", [model])
         save(folder / case / name, model, recipe_of(case))
         result = {"tokens": tokens(), "logits": logits(model).float()}
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
@@ -175,7 +175,7 @@ def load_with_megatron(folder: Path, case: str, name: str) -> None:
     assert said.rotary_base == 50_000
     set_args(args)
     model = unwrap(build(case, layout, seed=99))
-    load_weights(folder / case / "DP2", model)
+    load_weights(folder / case / "DP2", [model])
     expected = {key: value.clone() for key, value in model.state_dict().items() if torch.is_tensor(value)}
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
@@ -288,7 +288,7 @@ def four_ranks(folder: Path) -> None:
             whole = build(case, DP4, seed=50 + number, layers=4)
             save(folder / case / "TP1" / str(number), whole, recipe)
             model = build(case, TP2_PP2, seed=1, layers=4)
-            load_weights(folder / case / "TP1" / str(number), model)
+            load_weights(folder / case / "TP1" / str(number), [model])
             save(folder / case / "TP2PP2" / str(number), model, recipe)
             save_legacy(folder / case / "legacy" / str(number), model, recipe, TP2_PP2)
 

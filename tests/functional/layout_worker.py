@@ -1,7 +1,8 @@
 """Train one tiny model under many layouts in one torchrun; what happened goes to a JSON file.
 
 torchrun --nproc-per-node 1 layout_worker.py FOLDER      the reference, and the initial checkpoints
-torchrun --nproc-per-node 2 layout_worker.py FOLDER      the layouts, from those checkpoints
+torchrun --nproc-per-node 2 layout_worker.py FOLDER      the layouts of two ranks, from those checkpoints
+torchrun --nproc-per-node 4 layout_worker.py FOLDER      and of four
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 
+from btx_megatron.checkpoints.tracker import latest_checkpoint
 from btx_megatron.recipe import Layout, Model, Moe, Recipe, Stage, Training
 from btx_megatron.runtime import ranks
 
@@ -35,6 +38,10 @@ TP2_SP = Layout(tensor_model_parallel_size=2, sequence_parallel=True)
 DP2_DISTRIBUTED = Layout(data_parallel_size=2, use_distributed_optimizer=True)
 EP2 = Layout(data_parallel_size=2, expert_model_parallel_size=2)
 PP2 = Layout(pipeline_model_parallel_size=2)
+OVERLAP = replace(DP2_DISTRIBUTED, overlap_grad_reduce=True, overlap_param_gather=True)
+INTERLEAVED = replace(PP2, num_layers_per_virtual_pipeline_stage=1)
+FIRST_3 = replace(PP2, decoder_first_pipeline_num_layers=3)
+TP2_EP2 = replace(TP2_SP, data_parallel_size=2, expert_model_parallel_size=2)
 
 LAYOUTS = {
     "dense": {
@@ -43,9 +50,12 @@ LAYOUTS = {
         "PP2": PP2,
         "DP2": Layout(data_parallel_size=2),
         "DP2+distributed": DP2_DISTRIBUTED,
-        "DP2+distributed+overlap": replace(
-            DP2_DISTRIBUTED, overlap_grad_reduce=True, overlap_param_gather=True
-        ),
+        "DP2+distributed+overlap": OVERLAP,
+    },
+    "deep": {
+        "PP2 interleaved": INTERLEAVED,
+        "PP2 first 3": FIRST_3,
+        "PP2 last 3": replace(PP2, decoder_last_pipeline_num_layers=3),
     },
     "moe": {
         "EP2": EP2,
@@ -54,9 +64,74 @@ LAYOUTS = {
         "TP2+SP+EP2": replace(TP2_SP, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
         "PP2": PP2,
     },
+    "gathered": {
+        "EP2": EP2,
+        "TP2+SP+EP2": replace(TP2_SP, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
+    },
     "switch": {"EP2": EP2, "TP2+SP": TP2_SP},
 }
-BALANCING = {"dense": "none", "moe": "btx", "switch": "aux_loss"}
+ON_4_RANKS = {
+    "dense": {"TP2PP2": replace(PP2, tensor_model_parallel_size=2)},
+    "deep": {
+        "TP2+SP, PP2 interleaved": replace(INTERLEAVED, tensor_model_parallel_size=2, sequence_parallel=True),
+        "DP2+overlap, PP2 interleaved": replace(
+            OVERLAP, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1
+        ),
+    },
+    "moe": {
+        "TP2+SP+EP2, ETP1": replace(TP2_EP2, expert_tensor_parallel_size=1),
+        "TP2+SP+EP2, ETP2": replace(TP2_EP2, expert_tensor_parallel_size=2),
+        "PP2+EP2": replace(EP2, pipeline_model_parallel_size=2),
+        "EP2, DP4+distributed": replace(EP2, data_parallel_size=4, use_distributed_optimizer=True),
+    },
+    "gathered": {"TP2+SP+EP2, ETP2": replace(TP2_EP2, expert_tensor_parallel_size=2)},
+}
+MOE = Moe(moe_router_load_balancing_type="btx")
+MOES = {
+    "dense": None,
+    "deep": None,
+    "moe": MOE,
+    "gathered": replace(MOE, moe_token_dispatcher_type="allgather"),
+    "switch": Moe(moe_router_load_balancing_type="aux_loss"),
+    "unbalanced": Moe(moe_router_load_balancing_type="none"),
+}
+"""The kinds of model; None: dense. ``deep`` has four layers, the others two."""
+
+FULL = Layout(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+RECOMPUTE = {
+    "dense": {
+        "full": FULL,
+        "full, pairs": replace(FULL, recompute_num_layers=2),
+        "block": replace(FULL, recompute_method="block"),
+        "selective": Layout(recompute_granularity="selective"),
+        "mlp, core_attn": Layout(recompute_granularity="selective", recompute_modules=["mlp", "core_attn"]),
+    },
+    "moe": {
+        "full": FULL,
+        "selective": Layout(recompute_granularity="selective"),
+        "moe": Layout(recompute_granularity="selective", recompute_modules=["moe"]),
+    },
+}
+RESHARDS: dict[str, tuple[str, Layout | None, Layout]] = {
+    "dense DP2 to TP2+SP, distributed": (
+        "dense",
+        DP2_DISTRIBUTED,
+        replace(TP2_SP, use_distributed_optimizer=True),
+    ),
+    "dense DP2 to PP2, distributed": ("dense", DP2_DISTRIBUTED, replace(PP2, use_distributed_optimizer=True)),
+    "dense PP2 to TP2+SP": ("dense", PP2, TP2_SP),
+    "dense 1 process to DP2": ("dense", None, Layout(data_parallel_size=2)),
+    "moe 1 process to TP2+SP": ("moe", None, TP2_SP),
+    "moe TP2+SP to PP2": ("moe", TP2_SP, PP2),
+    "deep 1 process to PP2 interleaved": ("deep", None, INTERLEAVED),
+    "deep PP2 interleaved to PP2 first 3": (
+        "deep",
+        replace(INTERLEAVED, use_distributed_optimizer=True),
+        replace(FIRST_3, use_distributed_optimizer=True),
+    ),
+    "moe TP2+SP+EP2 to EP2": ("moe", LAYOUTS["moe"]["TP2+SP+EP2"], EP2),
+}
+"""Kind of model, the layout that was saved (None: one process), the one that goes on; with the same EP."""
 
 
 class RandomSamples:
@@ -77,17 +152,22 @@ class Run:
 
     def __init__(self, kind: str, layout: Layout, folder: Path, **options: Any) -> None:
         ranks.set_layout(layout, seed=7)
-        from btx_megatron.training.checkpoint import TrainingState, load_weights, save
+        from btx_megatron.training.checkpoint import TrainingState, load_weights
+        from btx_megatron.training.saver import save
         from btx_megatron.training.trainer import Trainer
 
-        model = replace(MODEL, hidden_dropout=options.get("dropout", 0.0))
-        self.training = replace(TRAINING, bf16=options.get("bf16", False))
-        moe = Moe(moe_router_load_balancing_type=BALANCING[kind])
+        dropout = options.get("dropout", 0.0)
+        model = replace(MODEL, hidden_dropout=dropout, attention_dropout=dropout)
+        model.num_layers = 4 if kind == "deep" else MODEL.num_layers
+        self.training = replace(
+            TRAINING, bf16=options.get("bf16", False), freeze=list(options.get("freeze", []))
+        )
+        moe = MOES[kind]
         self.trainer = Trainer(
-            Recipe(model=model, training=self.training, moe=moe),
+            Recipe(model=model, training=self.training, moe=moe or Moe()),
             Stage(training=self.training, layout=layout),
             padded_vocab_size=VOCABULARY,
-            num_experts=None if kind == "dense" else EXPERTS,
+            num_experts=EXPERTS if moe else None,
         )
         t = self.trainer
         self.state = TrainingState(t.model, t.optimizer, t.scheduler, layout)
@@ -126,16 +206,38 @@ class Run:
 
 def resumed(kind: str, first: Layout, second: Layout, folder: Path, name: str, **options: Any) -> list[float]:
     """Losses of the second half of a run that was saved under one layout and goes on under another."""
-    from btx_megatron.training.checkpoint import resume, save
+    save_half_way(kind, first, folder / f"resume-{name}", folder, **options)
+    return second_half(kind, second, folder / f"resume-{name}", folder, **options)
 
-    half = STEPS // 2
-    before = Run(kind, first, folder, **options)
-    before.steps(half)
-    save(folder / f"resume-{name}", before.state, {}, keep=1)
-    after = Run(kind, second, folder, **options)
-    assert resume(folder / f"resume-{name}", after.state)
-    assert (after.state.iteration, after.state.consumed_samples) == (half, half * 8)
-    return after.steps(STEPS - half)["loss"]
+
+def save_half_way(kind: str, layout: Layout, path: Path, folder: Path, **options: Any) -> None:
+    """Half a run, saved while training goes on: nothing is written before two more steps are done."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from btx_megatron.training.saver import CheckpointSaver, Retention
+
+    run = Run(kind, layout, folder, **options)
+    run.steps(STEPS // 2)
+    go, write = threading.Event(), FileSystemWriterAsync.write_preloaded_data
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(lambda *a, **k: go.wait(60) and write(*a, **k))
+    saver = CheckpointSaver(path, Retention(), asynchronous=True)
+    saver.save(run.state, {})
+    run.steps(2)
+    assert not saver.poll()
+    assert latest_checkpoint(path) is None
+    go.set()
+    saver.wait()
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+
+
+def second_half(kind: str, layout: Layout, path: Path, folder: Path, **options: Any) -> list[float]:
+    """Losses of a run that goes on from what save_half_way has saved."""
+    from btx_megatron.training.checkpoint import resume
+
+    run, half = Run(kind, layout, folder, **options), STEPS // 2
+    assert resume(path, run.state)
+    assert (run.state.iteration, run.state.consumed_samples) == (half, half * 8)
+    return run.steps(STEPS - half)["loss"]
 
 
 def resumes(folder: Path) -> dict[str, Any]:
@@ -154,17 +256,29 @@ def resumes(folder: Path) -> dict[str, Any]:
         whole = Run(kind, layout, folder, **options).steps(STEPS)["loss"]
         after = resumed(kind, layout, layout, folder, f"same-{number}", **options)
         result[name] = {"whole": whole[STEPS // 2 :], "resumed": after}
-    for number, second in enumerate((TP2_SP, PP2)):
-        second = replace(second, use_distributed_optimizer=True)
-        after = resumed("dense", DP2_DISTRIBUTED, second, folder, f"other-{number}")
-        result[f"reshard {number}"] = after
+    for name, (kind, first, second) in RESHARDS.items():
+        if first is None:
+            after = second_half(kind, second, folder / f"half-{kind}", folder)
+        else:
+            after = resumed(kind, first, second, folder, f"other-{name}")
+        result[f"reshard {name}"] = after
     return result
+
+
+def recomputed(folder: Path) -> dict[str, Any]:
+    """Losses and gradient norms with dropout, activations kept and recomputed."""
+    return {
+        f"{kind} {name}": Run(kind, layout, folder, dropout=0.1).steps(5)
+        for kind, layouts in RECOMPUTE.items()
+        for name, layout in {"kept": Layout(), **layouts}.items()
+    }
 
 
 def damaged(folder: Path) -> str:
     """What is said of a checkpoint whose first file was cut short."""
     from btx_megatron.errors import UserError
-    from btx_megatron.training.checkpoint import resume, save
+    from btx_megatron.training.checkpoint import resume
+    from btx_megatron.training.saver import save
 
     run = Run("dense", DP2_DISTRIBUTED, folder)
     run.steps(1)
@@ -224,13 +338,17 @@ def main() -> None:
     ranks.start_ranks()
     world = torch.distributed.get_world_size()
     result: dict[str, Any] = {}
-    for kind, layouts in LAYOUTS.items():
-        for name, layout in layouts.items() if world == 2 else [("1 process", Layout())]:
+    layouts = {1: {kind: {"1 process": Layout()} for kind in LAYOUTS}, 2: LAYOUTS, 4: ON_4_RANKS}[world]
+    for kind in layouts:
+        for name, layout in layouts[kind].items():
             result[f"{kind} {name}"] = Run(kind, layout, folder).steps(STEPS)
-    for name, layout in (
-        {"EP2": EP2, "TP2+SP": TP2_SP, "PP2": PP2}.items() if world == 2 else [("1", Layout())]
-    ):
+    held_outs = {1: {"1": Layout()}, 2: {"EP2": EP2, "TP2+SP": TP2_SP, "PP2": PP2}}
+    for name, layout in held_outs.get(world, {}).items():
         result[f"held out {name}"] = held_out(layout, folder)
+    if world == 1:
+        result["recomputed"] = recomputed(folder)
+        for kind in ("dense", "deep", "moe"):
+            save_half_way(kind, Layout(), folder / f"half-{kind}", folder)
     if world == 2:
         result["damaged"] = damaged(folder)
         result["resumes"] = resumes(folder)

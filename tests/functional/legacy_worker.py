@@ -156,7 +156,7 @@ def main() -> None:
 
         shape = model_of(tied)
         recipe = Recipe(model=shape, moe=Moe())
-        model = unwrap(build_model(recipe, Stage(layout=layout), VOCABULARY, experts))
+        model = unwrap(build_model(recipe, Stage(layout=layout), VOCABULARY, experts)[0])
         make_distinct(model)
         args = saved_args(layout, shape, experts, folder / case / "ours")
         save_both(folder / case, model, args)

@@ -42,7 +42,7 @@ def build(layout: Layout, experts: int | None, seed: int = 0) -> torch.nn.Module
 
     recipe = Recipe(model=MODEL)
     recipe.model.init_method_std = 0.2
-    model = build_model(recipe, Stage(layout=layout), VOCABULARY, experts)
+    (model,) = build_model(recipe, Stage(layout=layout), VOCABULARY, experts)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data.uniform_(0.5, 1.5)
@@ -76,7 +76,7 @@ def logits(model: torch.nn.Module) -> Tensor:
     from btx_megatron.training.trainer import evaluating
 
     tokens = torch.randint(VOCABULARY, (2, MODEL.seq_length), generator=torch.Generator().manual_seed(5))
-    with evaluating(model):
+    with evaluating([model]):
         return model(tokens, torch.arange(MODEL.seq_length).expand_as(tokens), attention_mask=None)
 
 
@@ -93,7 +93,7 @@ def save_sources(folder: Path) -> list[dict[str, Tensor]]:
         if name != "DP2":
             for number in range(EXPERTS):
                 model = build(layout, None)
-                load_weights(folder / "DP2" / str(number), model)
+                load_weights(folder / "DP2" / str(number), [model])
                 save(folder / name / str(number), model, key_a_layer)
     return states
 
@@ -132,7 +132,7 @@ def main() -> None:
 
     for name, layout in LOADED.items():
         moe = build(layout, EXPERTS)
-        load_weights(folder / "mixed" / "DP2", moe)
+        load_weights(folder / "mixed" / "DP2", [moe])
         if name == "DP2":
             result["experts_equal_sources"] = experts_equal_sources(moe, states)
         again = folder / "again" / name
@@ -141,8 +141,8 @@ def main() -> None:
 
     mix_sources(folder, [folder / "DP2" / "0"] * EXPERTS, result, "copies")
     dense, copies = build(DP2, None), build(DP2, EXPERTS)
-    load_weights(folder / "DP2" / "0", dense)
-    load_weights(folder / "mixed" / "copies", copies)
+    load_weights(folder / "DP2" / "0", [dense])
+    load_weights(folder / "mixed" / "copies", [copies])
     dense_logits = logits(dense)
     result["logits"] = {
         "spread": dense_logits.std().item(),

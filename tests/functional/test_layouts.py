@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from layout_worker import LAYOUTS, MODEL, STEPS, gates_of
+from layout_worker import LAYOUTS, MODEL, ON_4_RANKS, RECOMPUTE, RESHARDS, STEPS, gates_of
 from torchrun import torchrun
 
 pytestmark = pytest.mark.timeout(
@@ -30,21 +30,51 @@ BIT_FOR_BIT = (
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("layouts")
-    torchrun("layout_worker.py", 1, folder)
-    torchrun("layout_worker.py", 2, folder)
-    one, two = (json.loads((folder / f"result-{world}.json").read_text()) for world in (1, 2))
-    return one | two
+    for world in (1, 2):
+        torchrun("layout_worker.py", world, folder)
+    return {"folder": folder} | told(folder, 1) | told(folder, 2)
+
+
+@pytest.fixture(scope="module")
+def on_4_ranks(result: dict[str, Any]) -> dict[str, Any]:
+    torchrun("layout_worker.py", 4, result["folder"])
+    return result | told(result["folder"], 4)
+
+
+def told(folder: Path, world: int) -> dict[str, Any]:
+    return json.loads((folder / f"result-{world}.json").read_text())  # type: ignore[no-any-return]
+
+
+def assert_agrees(here: dict[str, Any], reference: dict[str, Any]) -> None:
+    assert len(here["loss"]) == STEPS
+    assert here["loss"] == pytest.approx(reference["loss"], abs=1e-5)
+    if reference["balancing"][0] is not None:
+        assert 0.9 < reference["balancing"][0] < 2
+        assert here["balancing"] == pytest.approx(reference["balancing"], rel=1e-4)
+    assert here["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_layout_agrees_with_one_process(result: dict[str, Any], name: str) -> None:
-    reference = result[f"{name.split()[0]} 1 process"]
-    assert len(result[name]["loss"]) == STEPS
-    assert result[name]["loss"] == pytest.approx(reference["loss"], abs=1e-5)
-    if reference["balancing"][0] is not None:
-        assert 0.9 < reference["balancing"][0] < 2
-        assert result[name]["balancing"] == pytest.approx(reference["balancing"], rel=1e-4)
-    assert result[name]["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
+    assert_agrees(result[name], result[f"{name.split()[0]} 1 process"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [f"{kind} {name}" for kind, layouts in ON_4_RANKS.items() for name in layouts]
+)
+def test_layout_of_4_ranks_agrees_with_one_process(on_4_ranks: dict[str, Any], name: str) -> None:
+    assert_agrees(on_4_ranks[name], on_4_ranks[f"{name.split()[0]} 1 process"])
+
+
+@pytest.mark.parametrize("kind", RECOMPUTE)
+def test_recomputed_activations_are_those_that_were_not_kept(result: dict[str, Any], kind: str) -> None:
+    """Bit for bit, with dropout, whose masks must be drawn again."""
+    runs = result["recomputed"]
+    kept = runs[f"{kind} kept"]
+    assert kept["loss"] != result[f"{kind} 1 process"]["loss"][:5]
+    for name in RECOMPUTE[kind]:
+        assert runs[f"{kind} {name}"] == kept, name
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -59,10 +89,10 @@ def test_resume_on_the_same_layout_is_bit_for_bit(result: dict[str, Any], name: 
     assert case["resumed"] == case["whole"]
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_resume_on_another_layout(result: dict[str, Any], number: int) -> None:
-    whole = result["dense 1 process"]["loss"][STEPS // 2 :]
-    assert result["resumes"][f"reshard {number}"] == pytest.approx(whole, abs=1e-5)
+@pytest.mark.parametrize("name", RESHARDS)
+def test_resume_on_another_layout(result: dict[str, Any], name: str) -> None:
+    whole = result[f"{RESHARDS[name][0]} 1 process"]["loss"][STEPS // 2 :]
+    assert result["resumes"][f"reshard {name}"] == pytest.approx(whole, abs=1e-5)
 
 
 def test_a_damaged_checkpoint_is_named_with_what_to_do(result: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from training_worker import (
     BALANCES,
     BETA1,
     BETA2,
+    BREAKING,
     CLIP,
     DECAY,
     ITERATIONS,
@@ -27,8 +28,6 @@ from training_worker import (
     WARMUP,
     Weights,
 )
-
-NOT_FINITE = "the gradient's norm is {}; nothing of this step is saved"
 
 
 @pytest.fixture(scope="module")
@@ -286,35 +285,57 @@ def test_data_parallel_ranks_start_alike(two: dict[str, Any]) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- a gradient that is not finite
+# --- a gradient, or a loss, that is not finite
 
 
 @pytest.mark.parametrize(
     ("name", "norm"),
     [
-        ("overflow", "inf"),
-        ("overflow, dense", "inf"),
-        ("overflow, no clipping", "inf"),
-        ("inf", "inf"),
-        ("nan", "nan"),
-        ("inf, no clipping", "inf"),
+        ("overflow", math.inf),
+        ("overflow, dense", math.inf),
+        ("overflow, no clipping", math.inf),
+        ("inf", math.inf),
+        ("nan", math.nan),
+        ("inf, no clipping", math.inf),
+        ("nan, bf16", math.nan),
+        ("loss", math.nan),
     ],
 )
-def test_a_gradient_norm_that_is_not_finite_fails_the_stage(
-    one: dict[str, Any], name: str, norm: str
-) -> None:
-    assert one["failures"][name] == NOT_FINITE.format(norm)
+def test_a_step_that_is_not_finite_moves_nothing(one: dict[str, Any], name: str, norm: float) -> None:
+    case = one["failures"][name]
+    assert not case["good"]
+    assert case["skipped"]
+    assert case["unmoved"]
+    assert case["told"] > 30
+    assert case["grad_norm"] == pytest.approx(norm, nan_ok=True)
+    assert math.isfinite(case["loss"]) == (name != "loss")
 
 
-@pytest.mark.parametrize("name", ["PP2", "TP2"])
-def test_all_ranks_fail_where_one_has_such_a_gradient(two: dict[str, Any], name: str) -> None:
-    assert two["failures"][name] == [NOT_FINITE.format("inf")] * 2
+@pytest.mark.parametrize("what", ["failures", "loss"])
+@pytest.mark.parametrize("name", BREAKING)
+def test_all_ranks_skip_where_one_breaks(two: dict[str, Any], what: str, name: str) -> None:
+    for rank in two[what][name]:
+        assert not rank["good"]
+        assert rank["skipped"]
+        assert rank["unmoved"]
 
 
-def test_nothing_of_the_failed_step_is_saved(one: dict[str, Any]) -> None:
-    """A stage that saves every step goes on from step 1 and fails in step 2: step 1 stays, bit for bit."""
+def test_a_skipped_step_leaves_no_trace(one: dict[str, Any]) -> None:
+    assert one["beside"]["skipped"] == one["beside"]["whole"]
+
+
+def test_a_stage_whose_steps_are_all_skipped_ends_and_keeps_its_weights(one: dict[str, Any]) -> None:
+    """From step 1 on; three in a row are allowed. What is saved meanwhile are the weights of step 1."""
     stage = one["stage"]
-    assert stage["message"] == NOT_FINITE.format("inf")
+    assert stage["message"].startswith(
+        "step 5: the gradient's norm is inf; 4 skipped in a row, more than "
+        "training.max_consecutive_skipped_steps 3: lower training.lr"
+    )
     assert stage["before"]["latest"] == "iter_0000001"
+    assert stage["after"]["latest"] == "iter_0000004"
     assert len(stage["before"]["hashes"]) > 5
-    assert stage["after"] == stage["before"]
+    assert stage["after"]["hashes"] == stage["before"]["hashes"]
+    told = stage["after"]["steps told"]
+    assert [(one["step"], one.get("skipped"), one["grad_norm"]) for one in told] == [
+        (step, True, None) for step in (2, 3, 4, 5)
+    ]

@@ -1,13 +1,14 @@
-"""Our model against transformers': the same weights give the same logits."""
+"""Our model against transformers': the same weights give the same logits, and learn the same way."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from layout_worker import EXPERTS, MODEL, VOCABULARY
+from layout_worker import EXPERTS, MODEL, STEPS, TRAINING, VOCABULARY, RandomSamples
 from torch import Tensor
 from torchrun import torchrun
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -31,7 +32,7 @@ SHAPE: dict[str, Any] = {
 def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("logits")
     torchrun("logits_worker.py", 1, folder)
-    return {kind: torch.load(folder / f"{kind}.pt") for kind in ("dense", "moe")}
+    return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
 
 def attention_weights(state: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
@@ -71,32 +72,84 @@ def logits_of(model: torch.nn.Module, case: dict[str, Any]) -> Tensor:
         return model.eval()(case["tokens"]).logits  # type: ignore[no-any-return]
 
 
-def test_dense_logits_are_llamas(ours: dict[str, dict[str, Any]]) -> None:
-    case = ours["dense"]
-    weights = shared_weights(case["state"])
+def llama(state: dict[str, Tensor]) -> LlamaForCausalLM:
+    """transformers' Llama with our weights."""
+    weights = shared_weights(state)
     for layer in range(MODEL.num_layers):
-        gate, up, down = feed_forward(case["state"], f"decoder.layers.{layer}.mlp.")
+        gate, up, down = feed_forward(state, f"decoder.layers.{layer}.mlp.")
         prefix = f"model.layers.{layer}.mlp."
         weights |= {f"{prefix}gate_proj.weight": gate, f"{prefix}up_proj.weight": up}
         weights[f"{prefix}down_proj.weight"] = down
-    llama = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    llama.load_state_dict(weights)
-    torch.testing.assert_close(logits_of(llama, case), case["logits"], atol=1e-4, rtol=0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model.load_state_dict(weights)
+    return model
+
+
+def mixtral(state: dict[str, Tensor]) -> MixtralForCausalLM:
+    """transformers' Mixtral with our weights."""
+    weights = shared_weights(state)
+    for layer in range(MODEL.num_layers):
+        ours_prefix, prefix = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp."
+        experts = [feed_forward(state, f"{ours_prefix}experts.local_experts.{e}.") for e in range(EXPERTS)]
+        weights[f"{prefix}gate.weight"] = state[ours_prefix + "router.weight"]
+        weights[f"{prefix}experts.gate_up_proj"] = torch.stack([torch.cat(e[:2]) for e in experts])
+        weights[f"{prefix}experts.down_proj"] = torch.stack([e[2] for e in experts])
+    config = MixtralConfig(
+        **SHAPE, num_local_experts=EXPERTS, num_experts_per_tok=2, output_router_logits=False
+    )
+    model = MixtralForCausalLM(config)
+    model.load_state_dict(weights)
+    return model
+
+
+def test_dense_logits_are_llamas(ours: dict[str, dict[str, Any]]) -> None:
+    case = ours["dense"]
+    torch.testing.assert_close(logits_of(llama(case["state"]), case), case["logits"], atol=1e-4, rtol=0)
     assert case["logits"].std() > 0.5
 
 
 def test_moe_logits_are_mixtrals(ours: dict[str, dict[str, Any]]) -> None:
     case = ours["moe"]
-    weights = shared_weights(case["state"])
-    for layer in range(MODEL.num_layers):
-        ours_prefix, prefix = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp."
-        experts = [
-            feed_forward(case["state"], f"{ours_prefix}experts.local_experts.{e}.") for e in range(EXPERTS)
-        ]
-        weights[f"{prefix}gate.weight"] = case["state"][ours_prefix + "router.weight"]
-        weights[f"{prefix}experts.gate_up_proj"] = torch.stack([torch.cat(e[:2]) for e in experts])
-        weights[f"{prefix}experts.down_proj"] = torch.stack([e[2] for e in experts])
-    config = MixtralConfig(**SHAPE, num_local_experts=EXPERTS, num_experts_per_tok=2)
-    mixtral = MixtralForCausalLM(config)
-    mixtral.load_state_dict(weights)
-    torch.testing.assert_close(logits_of(mixtral, case), case["logits"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits_of(mixtral(case["state"]), case), case["logits"], atol=1e-4, rtol=0)
+
+
+def learning_rate(step: int) -> float:
+    """Of the step after ``step`` others: linear from 0, then a cosine to a tenth of the peak."""
+    if step < TRAINING.lr_warmup_iters:
+        return TRAINING.lr * step / TRAINING.lr_warmup_iters
+    share = (step - TRAINING.lr_warmup_iters) / (STEPS - TRAINING.lr_warmup_iters)
+    return TRAINING.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2)
+
+
+def losses_of_training(model: torch.nn.Module) -> list[float]:
+    """Training as in transformers: torch's AdamW with decay on matrices alone, clipping, the whole batch at
+    once."""
+    weights = list(model.parameters())
+    groups = [
+        {"params": [w for w in weights if w.dim() > 1], "weight_decay": TRAINING.weight_decay},
+        {"params": [w for w in weights if w.dim() == 1], "weight_decay": 0.0},
+    ]
+    betas = (TRAINING.adam_beta1, TRAINING.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, betas=betas, eps=TRAINING.adam_eps)
+    samples, batch, losses = RandomSamples(), TRAINING.global_batch_size, []
+    for step in range(STEPS):
+        chosen = [samples[number] for number in range(step * batch, (step + 1) * batch)]
+        logits = model(torch.stack([sample["tokens"] for sample in chosen])).logits
+        labels = torch.stack([sample["labels"] for sample in chosen])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, TRAINING.clip_grad)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(("kind", "reference"), [("dense", llama), ("moe", mixtral)])
+def test_training_is_transformers(ours: dict[str, dict[str, Any]], kind: str, reference: Any) -> None:
+    case = ours[f"{kind}-trained"]
+    theirs = losses_of_training(reference(case["state"]).train())
+    assert case["losses"] == pytest.approx(theirs, abs=1e-3)
+    assert theirs[-1] < theirs[0] - 2

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 training_worker.py FOLDER      two: initial weights 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,12 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layout_worker import EP2, EXPERTS, MODEL, PP2, TP2_SP, VOCABULARY, RandomSamples, gates_of
+from layout_worker import (
+    DP2_DISTRIBUTED,
+    EP2,
+    EXPERTS,
+    MODEL,
+    PP2,
+    TP2_SP,
+    VOCABULARY,
+    RandomSamples,
+    gates_of,
+)
 from torch import Tensor
 
 from btx_megatron.checkpoints.tracker import latest_checkpoint
 from btx_megatron.data.blend import batches
-from btx_megatron.data.prepare import prepare, read_statistics
+from btx_megatron.data.folder import read_statistics
+from btx_megatron.data.prepare import prepare
 from btx_megatron.errors import StageFailed
 from btx_megatron.job import Job
 from btx_megatron.mixing.hashes import hash_tensors
@@ -45,8 +57,19 @@ STEP = Training(
 )
 DECAY, CLIP = 0.1, 0.05
 
+OVERLAP = replace(DP2_DISTRIBUTED, overlap_grad_reduce=True, overlap_param_gather=True)
 LAYOUTS = {"EP2": EP2, "TP2+SP": TP2_SP, "PP2": PP2}
 """Where the gradient of balancing is held against one process."""
+
+BREAKING: dict[str, tuple[Layout, dict[str, Any]]] = {
+    "PP2": (PP2, {}),
+    "TP2": (TP2_SP, {}),
+    "EP2": (EP2, {}),
+    "DP2": (Layout(data_parallel_size=2), {"experts": None}),
+    "DP2, overlap": (OVERLAP, {"experts": None}),
+    "DP2, overlap, bf16": (OVERLAP, {"experts": None, "bf16": True}),
+}
+"""Where one rank's gradient, or the loss, breaks."""
 
 ITERATIONS, WARMUP, PEAK, LOWEST = 12, 4, 1e-2, 1e-3
 SCHEDULE = Training(
@@ -95,12 +118,12 @@ def stream(training: Training, layout: Layout | None = None) -> Iterator[dict[st
 
 def weights_of(trainer: Any) -> Weights:
     """Copies of this rank's weights, by their names in the model."""
-    return {name: weight.detach().clone() for name, weight in trainer.model.module.named_parameters()}
+    return {name: weight.detach().clone() for name, weight in trainer.model[0].module.named_parameters()}
 
 
 def gradients_of(trainer: Any) -> Weights:
     """Copies of the gradients of the last step as the optimizer took them (clipped, if they were)."""
-    return {name: weight.main_grad.clone() for name, weight in trainer.model.module.named_parameters()}
+    return {name: weight.main_grad.clone() for name, weight in trainer.model[0].module.named_parameters()}
 
 
 def moments_of(trainer: Any, moment: str) -> Weights:
@@ -108,7 +131,8 @@ def moments_of(trainer: Any, moment: str) -> Weights:
     states: dict[Tensor, Any] = {}
     for optimizer in trainer.optimizer.chained_optimizers:
         states |= optimizer.optimizer.state
-    return {name: states[weight][moment].clone() for name, weight in trainer.model.module.named_parameters()}
+    named = trainer.model[0].module.named_parameters()
+    return {name: states[weight][moment].clone() for name, weight in named}
 
 
 def soft_balance(logits_TE: Tensor) -> Tensor:
@@ -128,7 +152,7 @@ BALANCES: dict[str, Balance] = {"btx": soft_balance, "aux_loss": switch_balance}
 def objective(trainer: Any, balance: Balance) -> tuple[Tensor, Tensor]:
     """What the paper trains on, without alpha, with its graph: mean loss a token of the whole batch, and
     the balancing loss summed over layers and averaged over micro-batches, from the routers' inputs."""
-    model, seen = trainer.model.module, []
+    model, seen = trainer.model[0].module, []
     routers = [module for name, module in model.named_modules() if name.endswith(".router")]
     for router in routers:
         router.register_forward_pre_hook(lambda router, inputs: seen.append(inputs[0] @ router.weight.T))
@@ -145,7 +169,8 @@ def objective(trainer: Any, balance: Balance) -> tuple[Tensor, Tensor]:
 
 def save_initial(path: Path) -> None:
     """The weights that every layout starts from, where gradients are compared."""
-    from btx_megatron.training.checkpoint import TrainingState, save
+    from btx_megatron.training.checkpoint import TrainingState
+    from btx_megatron.training.saver import save
 
     trainer = new_trainer(STEP)
     save(path, TrainingState(trainer.model, trainer.optimizer, trainer.scheduler, Layout()), {}, keep=1)
@@ -159,7 +184,7 @@ def balancing_case(kind: str, initial: Path) -> dict[str, Any]:
     reference = new_trainer(STEP, moe=replace(moe, moe_aux_loss_coeff=0.0))
     load_weights(initial, reference.model)
     lm_loss, balancing_loss = objective(reference, BALANCES[kind])
-    names, parameters = zip(*reference.model.module.named_parameters(), strict=True)
+    names, parameters = zip(*reference.model[0].module.named_parameters(), strict=True)
     case: dict[str, Any] = {"lm_loss": lm_loss.item(), "balancing_loss": balancing_loss.item()}
     for name, value in (("of lm_loss", lm_loss), ("of balancing", ALPHA * balancing_loss)):
         gradients = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
@@ -182,7 +207,7 @@ def router_gradients(kind: str, layout: Layout, initial: Path) -> list[dict[int,
         trainer = new_trainer(STEP, moe=moe, layout=layout)
         load_weights(initial, trainer.model)
         trainer.step(stream(STEP, layout))
-        layers = trainer.model.module.decoder.layers
+        layers = trainer.model[0].module.decoder.layers
         found.append({layer.layer_number - 1: layer.mlp.router.weight.main_grad.clone() for layer in layers})
     without, balanced = found
     return both({number: balanced[number] - without[number] for number in without})
@@ -215,56 +240,120 @@ def step_case(**options: Any) -> dict[str, Any]:
 def overflow(trainer: Any) -> None:
     """Logits and loss stay what they were, while the last norm's gradient is so large (about 1e30, yet
     finite) that the sum of its squares is not: as when weights drift far apart."""
-    parameters = dict(trainer.model.module.named_parameters())
+    parameters = dict(trainer.model[0].module.named_parameters())
     with torch.no_grad():
         parameters["decoder.final_layernorm.weight"] *= 1e-30
         parameters["output_layer.weight"] *= 1e30
 
 
 def broken_gradient(value: float) -> Callable[[Any], None]:
-    """One entry of the gradient of the first layer's fc2 of each expert (or of the feed-forward) breaks."""
-
-    def break_one(gradient: Tensor) -> Tensor:
-        broken = gradient.clone()
-        broken.view(-1)[3] = value
-        return broken
+    """One entry of the gradient of the first layer's fc2 of each expert (or of the feed-forward) breaks, in
+    the next step alone."""
 
     def provoke(trainer: Any) -> None:
-        for name, parameter in trainer.model.module.named_parameters():
-            if "layers.0." in name and "linear_fc2" in name:
-                parameter.register_hook(break_one)
+        def break_one(gradient: Tensor) -> Tensor:
+            broken = gradient.clone()
+            broken.view(-1)[3] = value
+            return broken
 
+        for name, parameter in trainer.model[0].module.named_parameters():
+            if "layers.0." in name and "linear_fc2" in name:
+                handles.append(parameter.register_hook(break_one))
+
+    handles: list[Any] = []
+    provoke.mend = lambda: [handle.remove() for handle in handles]  # type: ignore[attr-defined]
     return provoke
 
 
-def failing_step(provoke: Callable[[Any], None], clip_grad: float = 1.0, **options: Any) -> str:
-    """What a step says that was provoked to fail; nothing if it does not fail."""
-    training = replace(STEP, clip_grad=clip_grad)
+def broken_loss(trainer: Any) -> None:
+    """The loss is not a number."""
+    for name, parameter in trainer.model[0].module.named_parameters():
+        if name.endswith("output_layer.weight"):  # on the last stage
+            with torch.no_grad():
+                parameter[0, 0] = float("nan")
+
+
+def everything_of(trainer: Any) -> list[bytes]:
+    """All that a step moves: weights, masters, moments and their counters, the schedule."""
+    tensors = list(trainer.model[0].module.parameters())
+    for chained in trainer.optimizer.chained_optimizers:
+        tensors += [parameter for group in chained.optimizer.param_groups for parameter in group["params"]]
+        tensors += [
+            value
+            for state in chained.optimizer.state.values()
+            for value in state.values()
+            if torch.is_tensor(value)
+        ]
+    found = [tensor.detach().float().numpy().tobytes() for tensor in tensors]
+    return [*found, str(trainer.scheduler.state_dict()).encode()]
+
+
+def skipped_step(provoke: Callable[[Any], None], clip_grad: float = 1.0, **options: Any) -> dict[str, Any]:
+    """What a step says, and whether it moves anything, that was provoked to fail after a good one."""
+    training = replace(STEP, clip_grad=clip_grad, bf16=options.pop("bf16", False))
     trainer = new_trainer(training, **options)
+    samples = stream(training, options.get("layout"))
+    good = trainer.step(samples)
+    if options.get("layout") == OVERLAP:  # the new weights would come in the next forward pass only
+        with torch.no_grad():
+            trainer.model[0].start_param_sync(force_sync=True)
     provoke(trainer)
-    try:
-        trainer.step(stream(training))
-    except StageFailed as error:
-        return str(error)
-    return ""
-
-
-def failures() -> dict[str, str]:
-    """Gradients whose norm is not finite, under a loss that is."""
+    before = everything_of(trainer)
+    result = trainer.step(samples)
     return {
-        "overflow": failing_step(overflow),
-        "overflow, dense": failing_step(overflow, experts=None),
-        "overflow, no clipping": failing_step(overflow, clip_grad=0.0),
-        "inf": failing_step(broken_gradient(float("inf"))),
-        "nan": failing_step(broken_gradient(float("nan"))),
-        "inf, no clipping": failing_step(broken_gradient(float("inf")), clip_grad=0.0),
+        "good": good.skipped,
+        "skipped": result.skipped,
+        "loss": result.lm_loss,
+        "grad_norm": result.grad_norm,
+        "unmoved": everything_of(trainer) == before,
+        "told": len(before),
     }
+
+
+def failures() -> dict[str, dict[str, Any]]:
+    """Gradients whose norm is not finite under a loss that is, and a loss that is not."""
+    return {
+        "overflow": skipped_step(overflow),
+        "overflow, dense": skipped_step(overflow, experts=None),
+        "overflow, no clipping": skipped_step(overflow, clip_grad=0.0),
+        "inf": skipped_step(broken_gradient(float("inf"))),
+        "nan": skipped_step(broken_gradient(float("nan"))),
+        "inf, no clipping": skipped_step(broken_gradient(float("inf")), clip_grad=0.0),
+        "nan, bf16": skipped_step(broken_gradient(float("nan")), bf16=True),
+        "loss": skipped_step(broken_loss),
+    }
+
+
+def beside_a_skipped_step() -> dict[str, list[float]]:
+    """Losses of three batches, and of the same with a step that is skipped before the last."""
+    losses: dict[str, list[float]] = {}
+    for name in ("whole", "skipped"):
+        trainer, samples = new_trainer(STEP), stream(STEP)
+        batches_of_steps = [[next(samples) for _ in range(trainer.micro_batches)] for _ in range(3)]
+        told = [trainer.step(iter(batches_of_steps[0])), trainer.step(iter(batches_of_steps[1]))]
+        if name == "skipped":
+            provoke = broken_gradient(float("nan"))
+            provoke(trainer)
+            assert trainer.step(iter(batches_of_steps[0])).skipped
+            provoke.mend()  # type: ignore[attr-defined]
+        told.append(trainer.step(iter(batches_of_steps[2])))
+        losses[name] = [one.lm_loss for one in told]
+    return losses
 
 
 def prepared_run(folder: Path) -> Job:
     """A run folder with data, and the job of its seed."""
     source = Source(name="json", path="package:json", include=["*.py"])
-    training = replace(STEP, micro_batch_size=1, global_batch_size=2, clip_grad=1.0, save_interval=1)
+    training = replace(
+        STEP,
+        train_iters=9,
+        micro_batch_size=1,
+        global_batch_size=2,
+        clip_grad=1.0,
+        save_interval=2,
+        save_total_limit=9,
+        max_consecutive_skipped_steps=3,
+    )
     recipe = Recipe(
         run_folder=str(folder / "run"),
         data=Data(domains=[Domain(name="json", sources=[source])], held_out_fraction=0.2, num_workers=1),
@@ -282,7 +371,8 @@ def prepared_run(folder: Path) -> Job:
 
 def save_poisoned(job: Job) -> None:
     """A checkpoint of one step whose next gradient has no finite norm."""
-    from btx_megatron.training.checkpoint import TrainingState, save
+    from btx_megatron.training.checkpoint import TrainingState
+    from btx_megatron.training.saver import save
     from btx_megatron.training.trainer import Trainer
 
     ranks.set_layout(Layout(), seed=7)
@@ -305,12 +395,14 @@ def files_of(job: Job) -> dict[str, Any]:
         "latest": latest and latest.name,
         "names": sorted(path.name for path in checkpoints.iterdir()),
         "hashes": hash_tensors(checkpoints),
-        "steps told": len(losses.read_text().splitlines()) if losses.exists() else 0,
+        "steps told": [json.loads(line) for line in losses.read_text().splitlines()]
+        if losses.exists()
+        else [],
     }
 
 
 def failing_stage(folder: Path) -> dict[str, Any]:
-    """A whole stage, saved at every step, that goes on from a poisoned checkpoint. Ends the ranks."""
+    """A whole stage that goes on from a poisoned checkpoint: every step is skipped. Ends the ranks."""
     from btx_megatron.training.train import run_training
 
     job = prepared_run(folder)
@@ -335,6 +427,7 @@ def one_process(folder: Path) -> dict[str, Any]:
         "clipped": step_case(clip_grad=CLIP),
         "clip far away": step_case(clip_grad=1e6),
         "failures": failures(),
+        "beside": beside_a_skipped_step(),
         "stage": failing_stage(folder),
     }
 
@@ -346,10 +439,9 @@ def both(mine: Any) -> list[Any]:
     return gathered
 
 
-def break_rank_0(trainer: Any) -> None:
-    """An infinite gradient on the first rank alone."""
-    if torch.distributed.get_rank() == 0:
-        broken_gradient(float("inf"))(trainer)
+def on_rank_0(provoke: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Provoke the first rank alone."""
+    return provoke if torch.distributed.get_rank() == 0 else lambda trainer: None
 
 
 def two_ranks(folder: Path) -> dict[str, Any]:
@@ -372,8 +464,12 @@ def two_ranks(folder: Path) -> dict[str, Any]:
             for name, layout in LAYOUTS.items()
         },
         "failures": {
-            name: both(failing_step(break_rank_0, layout=layout))
-            for name, layout in (("PP2", PP2), ("TP2", TP2_SP))
+            name: both(skipped_step(on_rank_0(broken_gradient(float("inf"))), layout=layout, **options))
+            for name, (layout, options) in BREAKING.items()
+        },
+        "loss": {
+            name: both(skipped_step(broken_loss, layout=layout, **options))
+            for name, (layout, options) in BREAKING.items()
         },
     }
 

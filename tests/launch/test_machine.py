@@ -9,7 +9,7 @@ import pytest
 from btx_megatron.columns import columns
 from btx_megatron.errors import UserError
 from btx_megatron.launch import machine
-from btx_megatron.launch.display import Pace, PlainDisplay, clock, end_line
+from btx_megatron.launch.display import PlainDisplay, clock, end_line, how_far, pace
 from btx_megatron.launch.machine import Machine, check_packages, this_machine
 from btx_megatron.pipeline import PipelineStage
 from btx_megatron.recipe import Layout
@@ -54,14 +54,20 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
         check_packages(stages)
 
 
+def record(
+    done: int, time: float, text: str = "loss 2.5", first: tuple[int, float] = (0, 0.0)
+) -> ProgressRecord:
+    return ProgressRecord("training", done, 200, text, time, *first)
+
+
 def test_pace_starts_with_the_first_report_of_a_phase() -> None:
-    resumed = Pace.follow(None, ProgressRecord("training", 100, 200, "", 10.0))
+    resumed = record(100, 10.0, "", (100, 10.0))
     assert resumed.rate is None
-    assert resumed.text == ""
-    later = Pace.follow(resumed, ProgressRecord("training", 120, 200, "loss 3.2", 20.0))
+    assert pace(resumed) == ""
+    assert how_far(resumed) == "training 100/200"
+    later = record(120, 20.0, "loss 3.2, 512 tokens/s", (100, 10.0))
     assert later.rate == 2.0
-    assert later.text == "2/s, 0:40 left, loss 3.2"
-    assert Pace.follow(later, ProgressRecord("saving", 0, 1, "", 21.0)).rate is None
+    assert how_far(later) == "training 120/200, 2/s, 0:40 left, loss 3.2, 512 tokens/s"
 
 
 def test_plain_display_speaks_at_start_end_and_every_half_minute(
@@ -73,19 +79,19 @@ def test_plain_display_speaks_at_start_end_and_every_half_minute(
     display.start("seed", "DP2")
     for second in range(61):
         now = float(second)
-        display.progress("seed", ProgressRecord("training", second, 100, "loss 2.5", now))
+        display.progress("seed", record(second, now))
     display.end("seed", Outcome("done"), 61.0)
     assert capsys.readouterr().out.splitlines() == [
         "seed: started (DP2)",
-        "seed: training 30/100, 1/s, 1:10 left, loss 2.5",
-        "seed: training 60/100, 1/s, 0:40 left, loss 2.5",
+        "seed: training 30/200, 1/s, 2:50 left, loss 2.5",
+        "seed: training 60/200, 1/s, 2:20 left, loss 2.5",
         "seed: done in 1:01, last batch: loss 2.5",
     ]
 
 
 def test_texts() -> None:
     assert [clock(s) for s in (0, 59.6, 3599, 3600)] == ["0:00", "1:00", "59:59", "1:00:00"]
-    mixed = ProgressRecord("mixing", 9, 9, "decoder.final_layernorm.weight", 0.0)
+    mixed = ProgressRecord("mixing", 9, 9, "decoder.final_layernorm.weight", 9.0, 0, 0.0)
     assert end_line("mix", Outcome("done"), 5, mixed) == "mix: done in 0:05"
     assert end_line("a", Outcome("failed", "ValueError: x"), 5, None) == "a: failed after 0:05: ValueError: x"
     assert str(Layout()) == "1 rank"

@@ -22,6 +22,7 @@ from llamas import (
     run_btx,
     write_llama,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from btx_megatron.checkpoints import stream
@@ -50,6 +51,28 @@ def test_a_missing_shard_is_named(good: Path) -> None:
     bad = write_llama(good.parent / "bad", 1, shards=3)
     (bad / "model-00002-of-00003.safetensors").unlink()
     assert_mix_refused(good, bad, "bad/model-00002-of-00003.safetensors: cannot be read (No such file")
+
+
+def test_a_tensor_that_two_shards_hold_is_named(good: Path) -> None:
+    """Which one is the model's cannot be known: the last one won, and another program may take the first."""
+    bad = write_llama(good.parent / "bad", 1, shards=3)
+    norm, other = "model.norm.weight", bad / "model-00001-of-00003.safetensors"
+    holder = json.loads((bad / "model.safetensors.index.json").read_text())["weight_map"][norm]
+    assert holder != other.name
+    save_file({**load_file(other), norm: torch.ones(16).bfloat16()}, other)
+    assert_mix_refused(good, bad, f"bad: {norm} lies in {other.name} and in {holder}; delete the one")
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_file_beside_the_models_that_holds_one_of_its_tensors(good: Path, index: bool) -> None:
+    bad = write_llama(good.parent / "bad", 1, shards=2 if index else 1)
+    holder = "model-00001-of-00002.safetensors" if index else "model.safetensors"
+    name = sorted(load_file(bad / holder))[0]
+    save_file({name: load_file(bad / holder)[name]}, bad / "other.safetensors")
+    assert_mix_refused(good, bad, f"bad: {name} lies in {holder} and in other.safetensors")
+    save_file({"lora": torch.ones(3)}, bad / "other.safetensors")  # none of its tensors, or none of ours
+    save_file({name: torch.ones(3, dtype=torch.int8)}, bad / "integers.safetensors")
+    assert run_btx(*mix_arguments([good, bad], good.parent / "out"))[0] == 0
 
 
 def test_a_shard_that_the_index_does_not_name_is_missed(good: Path) -> None:
@@ -198,7 +221,8 @@ def test_nan_names_the_expert_and_the_tensor(good: Path, tensor: str, shown: str
 def test_nan_is_found_under_every_rule(good: Path, more: list[str]) -> None:
     name = "model.layers.0.mlp.up_proj.weight" if more[0] == "--experts" else "lm_head.weight"
     bad = write_llama(good.parent / "bad", 1, change=lambda weights: weights[name][-1].fill_(math.nan))
-    err = assert_mix_refused(good, bad, "NaN or infinite values", "--base", good, *more)
+    base = ["--base", good] if more[0] == "--average" else []
+    err = assert_mix_refused(good, bad, "NaN or infinite values", *base, *more)
     assert f"expert bad ({bad})" in err
 
 

@@ -38,6 +38,24 @@ def test_progress_is_throttled_but_never_loses_first_and_last(tmp_path: Path) ->
     assert (record.phase, record.done, record.total, record.text) == ("saving", 0, 1, "")
 
 
+def test_rate_begins_with_the_first_report_of_a_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.time", lambda: now)
+    progress = Progress(tmp_path)
+    told = []
+    for step, now in (
+        (("indexing", 1, 2), 1000.0),
+        (("training", 51, 101), 1060.0),
+        (("training", 71, 101), 1070.0),
+    ):
+        progress.update(*step)
+        told.append(read_progress(tmp_path))
+    assert [record and record.rate for record in told] == [None, None, 2.0]
+    assert told[2] and told[2].seconds_left == 15.0
+
+
 def test_no_progress_yet(tmp_path: Path) -> None:
     assert read_progress(tmp_path) is None
 

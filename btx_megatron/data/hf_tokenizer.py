@@ -1,0 +1,179 @@
+"""A Hugging Face ``tokenizer.json``, with what Megatron's datasets ask of a tokenizer.
+
+Read by the package ``tokenizers`` (extra ``hf``); transformers is not needed. Ids are those of
+``AutoTokenizer(...)(text, add_special_tokens=False)``: a text that spells a special token gets its id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from btx_megatron.errors import UserError
+
+FILE, CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json`` and, beside it, the ``tokenizer_config.json`` that names its special tokens.
+
+    Raises UserError if ``path`` is no such file, or the package that reads it is missing.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if find_spec("tokenizers") is None:
+            raise UserError(f"{path}: needs the package tokenizers; install the extra 'hf'")
+        import tokenizers
+
+        content = _read(self.path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # what the package raises is no narrower
+            raise UserError(f"{path}: not a Hugging Face tokenizer ({error}); name a {FILE}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._names = special_names(self.path)
+        identity = json.dumps([content, self._names], sort_keys=True)
+        self.sha256 = hashlib.sha256(identity.encode()).hexdigest()
+        self._numbers = self._tokenizer.get_vocab(with_added_tokens=True)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without bos and eos."""
+        # one by one: the package's batches take threads, and here a process has one core
+        return [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, special tokens spelled out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id and one, added tokens counted, without padding."""
+        return max(self._numbers.values()) + 1
+
+    @property
+    def eod(self) -> int:
+        """Ends every document: the eos token. Raises UserError where the tokenizer names none."""
+        if self.eos < 0:
+            raise UserError(
+                f"{self.path}: no eos_token in {CONFIG} beside it; name the token that ends a document with "
+                "tokenizer.eod_token"
+            )
+        return self.eos
+
+    @property
+    def eos(self) -> int:
+        """End of sequence; -1 if there is none."""
+        return self._numbers.get(self._names.get("eos_token", ""), -1)
+
+    @property
+    def bos(self) -> int:
+        """Begin of sequence; no document has it; -1 if there is none."""
+        return self._numbers.get(self._names.get("bos_token", ""), -1)
+
+    @property
+    def pad(self) -> int:
+        """-1, which no text holds: Megatron's GPTDataset masks the loss of every pad token."""
+        return -1
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, str]:
+        """What distinguishes this tokenizer in the key of Megatron's dataset cache."""
+        return OrderedDict({"class": type(self).__name__, "sha256": self.sha256})
+
+
+def tokenizer_json(path: str | Path) -> Path:
+    """The ``tokenizer.json`` that a file or a folder names."""
+    path = Path(path)
+    return path / FILE if path.is_dir() else path
+
+
+def json_vocab_size(path: Path) -> int:
+    """``vocab_size`` of a ``tokenizer.json``, without the package. Raises UserError if it is none."""
+    return max(json_vocabulary(path).values()) + 1
+
+
+def json_vocabulary(path: Path) -> dict[str, int]:
+    """Number of every token, added ones too, without the package. Raises UserError if it is none."""
+    return tokens_in(_read(path), path)
+
+
+def tokens_in(text: str | bytes, where: Path) -> dict[str, int]:
+    """Number of every token in the text of a ``tokenizer.json``. Raises UserError if it is none."""
+    try:
+        content = json.loads(text)
+        vocabulary = content["model"]["vocab"]
+        if not isinstance(vocabulary, dict):  # Unigram's: pairs of a token and its score
+            vocabulary = {token: number for number, (token, *_) in enumerate(vocabulary)}
+        numbers = vocabulary | {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+        max(numbers.values())
+        return {token: int(number) for token, number in numbers.items()}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{where}: not a Hugging Face tokenizer; name a {FILE}") from None
+
+
+def take_hf_tokenizer(source: Path, eod_token: str | None, folder: Path) -> None:
+    """Check a tokenizer and write it to ``folder``; ``eod_token`` becomes its eos token.
+
+    Raises UserError where there is no token that ends a document.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = _read(source)
+    config = _object(source.with_name(CONFIG))
+    wanted = eod_token or special_names(source).get("eos_token") or _generation_eos(source)
+    if wanted is not None:
+        config["eos_token"] = wanted
+    (folder / FILE).write_text(content, encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    taken = HuggingFaceTokenizer(folder / FILE)
+    if eod_token is not None and taken.eos < 0:
+        raise UserError(f"tokenizer.eod_token '{eod_token}': {source} has no such token")
+    if taken.eos < 0:
+        raise UserError(
+            f"{source}: no eos_token in {CONFIG} beside it, no eos_token_id in {GENERATION}; name the token "
+            "that ends a document with tokenizer.eod_token"
+        )
+
+
+def _generation_eos(source: Path) -> str | None:
+    """The token that ends a text for ``generate``, of several the first; None where nothing says it."""
+    wanted = _object(source.with_name(GENERATION)).get("eos_token_id")
+    wanted = wanted[0] if isinstance(wanted, list) and wanted else wanted
+    numbers = json_vocabulary(source) if wanted is not None else {}
+    return next((token for token, number in numbers.items() if number == wanted), None)
+
+
+def special_names(path: Path) -> dict[str, str]:
+    """The special tokens (``eos_token``, ``bos_token``, ...) that lie beside a ``tokenizer.json``."""
+    names = {}
+    for key, value in _object(path.with_name(CONFIG)).items():
+        token = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(token, str):
+            names[key] = token
+    return names
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(_read(path))
+    except ValueError:
+        raise UserError(f"{path}: not JSON; restore it, or take it away") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: tokenizer cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a Hugging Face tokenizer; name a {FILE}") from None
