@@ -77,6 +77,17 @@ def test_taken_with_its_config_or_with_a_token_that_the_recipe_names(tmp_path: P
         cached_tokenizer(target, first.sha256)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_the_end_of_a_text_for_generation_ends_a_document(tmp_path: Path, several: bool) -> None:
+    file = train(tmp_path / "t", config={})
+    number = open_tokenizer(file).encode(["<begin>"])[0][0]
+    generation = {"eos_token_id": [number, number - 1] if several else number}
+    (tmp_path / "t" / "generation_config.json").write_text(json.dumps(generation))
+    wanted = recipe.Tokenizer(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "t"))
+    take_tokenizer(wanted, tmp_path / "taken" / "tokenizer.json")
+    assert open_tokenizer(tmp_path / "taken" / "tokenizer.json").eod == number
+
+
 @pytest.mark.parametrize(
     ("config", "eod_token", "message"),
     [

@@ -31,7 +31,7 @@ RECIPE: dict[str, Any] = {
     },
     "moe": {"moe_router_topk": 2},
     "training": {
-        "train_iters": 300,
+        "train_iters": 200,
         "micro_batch_size": 1,
         "global_batch_size": 2,
         "lr": 3e-3,
@@ -70,7 +70,7 @@ class SeedRun:
 
     def finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
         """Exit code and output; afterwards none of its processes is left."""
-        output, _ = process.communicate(timeout=400)
+        output, _ = process.communicate(timeout=900)
         wait_for(lambda: not self.processes("RANK"), 30)
         return process.returncode, output
 
@@ -94,11 +94,11 @@ class SeedRun:
 
     def wait_for(self, step: int, process: subprocess.Popen[str]) -> None:
         """Until the running attempt has told a step beyond ``step``, or has ended."""
-        wait_for(lambda: self.step() > step or process.poll() is not None, 120)
+        wait_for(lambda: self.step() > step or process.poll() is not None, 600)
 
     def wait_for_save(self, step: int, process: subprocess.Popen[str]) -> None:
         """Until there is a checkpoint of a step beyond ``step``, or the attempt has ended."""
-        wait_for(lambda: self.tracked() > step or process.poll() is not None, 120)
+        wait_for(lambda: self.tracked() > step or process.poll() is not None, 600)
 
     def processes(self, variable: str | None = None) -> dict[int, str]:
         """Processes that work on this run, by id; those that have a variable, with its value."""

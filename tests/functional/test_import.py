@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,13 +164,78 @@ def test_weights_are_taken_bit_for_bit_and_the_vocabulary_is_padded(folder: Path
         (["stages.finetune.pretrained_checkpoint=x"], "only stages.seed and stages.experts are imported"),
         (["tokenizer.tokenizer_type=SentencePieceTokenizer"], "missing, or not a SentencePiece model"),
         (["tokenizer.tokenizer_model=null"], "a HuggingFaceTokenizer is not trained here"),
+        (
+            ["tokenizer.tokenizer_model=null", "tokenizer.tokenizer_type=SentencePieceTokenizer"],
+            "stages.seed is a checkpoint, name the tokenizer that it was trained with",
+        ),
+        (
+            ["tokenizer.tokenizer_model=other"],
+            "stages.seed.* was trained with another tokenizer than .*other",
+        ),
+        (["tokenizer.tokenizer_model=larger"], "another tokenizer than"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(folder: Path, overrides: list[str], message: str) -> None:
     from btx_megatron.launch.tables import plan_text
 
+    write_tokenizers(folder)
     with pytest.raises(UserError, match=message):
         plan_text(load(folder, *overrides))
+
+
+def write_tokenizers(folder: Path) -> None:
+    """``other``: two words have each other's numbers; ``larger``: has one more."""
+    content = json.loads((folder / "llama" / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    one, two = list(words)[-2:]
+    swapped = words | {one: words[two], two: words[one]}
+    for name, vocabulary in (("other", swapped), ("larger", words | {"larger": len(words) + 1})):
+        (folder / name).mkdir(exist_ok=True)
+        changed = content | {"model": content["model"] | {"vocab": vocabulary}}
+        (folder / name / "tokenizer.json").write_text(json.dumps(changed))
+
+
+def test_rows_are_counted_before_anything_starts(folder: Path, tmp_path: Path) -> None:
+    """The checkpoint has no tokenizer beside it that could be compared."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / "llama" / name, bare)
+    write_tokenizers(folder)
+    wanted = [f"stages.seed.pretrained_checkpoint={bare}", "tokenizer.tokenizer_model=larger"]
+    with pytest.raises(UserError, match="bare: has rows for .* tokens; name the checkpoint's own tokenizer"):
+        check_pretrained(load(folder, *wanted))
+
+
+def test_legacy_shards_are_the_same_seed(folder: Path, tmp_path: Path) -> None:
+    btx(
+        "convert",
+        folder / "llama",
+        tmp_path / "legacy",
+        "--to",
+        "megatron-legacy",
+        "--target-tensor-model-parallel-size",
+        2,
+        "--make-vocab-size-divisible-by",
+        8,
+    )
+    assert {path.name for path in (tmp_path / "legacy" / "release").iterdir()} == {"mp_rank_00", "mp_rank_01"}
+    recipe = load(folder, f"stages.seed.pretrained_checkpoint={tmp_path / 'legacy'}")
+    check_pretrained(recipe)
+    taken = import_checkpoint(recipe, "seed", vocabulary(folder), tmp_path / "taken")
+    direct = import_checkpoint(load(folder), "seed", vocabulary(folder), tmp_path / "direct")
+    hashes = [
+        {name: tensor["xxh3"] for name, tensor in outputs["tensors"].items()} for outputs in (taken, direct)
+    ]
+    assert hashes[0] == hashes[1]
+    assert taken["imported"] != direct["imported"]
+
+
+def test_rounding_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import_checkpoint(load(folder), "seed", vocabulary(folder), tmp_path / "fp32")
+    assert not capsys.readouterr().out
+    import_checkpoint(load(folder, "training.bf16=true"), "seed", vocabulary(folder), tmp_path / "bf16")
+    assert "llama: float32 is rounded to bfloat16, the run's type" in capsys.readouterr().out
 
 
 def test_a_vocabulary_that_does_not_fit_is_told(folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from faulty import SeedRun, end_all, prepared
 from btx_megatron.checkpoints.tracker import latest_checkpoint
 from btx_megatron.mixing.hashes import hash_tensors
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 KILLS = 24
 SEED = int(os.environ.get("BTX_FAULT_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
@@ -59,8 +59,8 @@ def test_killed_at_random_moments_the_curve_is_the_uninterrupted_one(whole: Seed
             if chance.random() < 0.25:  # while it starts, loads, or has just begun
                 time.sleep(chance.uniform(0, 12))
             else:
-                run.wait_for(before, process)
-                time.sleep(chance.uniform(0, 0.5))
+                run.wait_for(before + chance.randrange(8), process)
+                time.sleep(chance.uniform(0, 0.1))
             assert process.poll() is None, process.communicate()
             moments.append(_kill(run, process, one_rank=number % 2 == 0, which=chance.randrange(2)))
         finally:
@@ -121,9 +121,7 @@ def test_signals_stop_all_ranks_after_the_same_step_and_never_reach_torchrun(
 def test_a_rank_that_hangs_is_named_and_the_stage_goes_on_later(
     data: SeedRun, tmp_path: Path, rank: int
 ) -> None:
-    run = data.copy(
-        tmp_path / "run", "training.distributed_timeout_minutes=0.5", "training.train_iters=100000"
-    )
+    run = data.copy(tmp_path / "run", "training.distributed_timeout_minutes=1", "training.train_iters=100000")
     try:
         process = run.start()
         run.wait_for_save(0, process)
@@ -131,7 +129,7 @@ def test_a_rank_that_hangs_is_named_and_the_stage_goes_on_later(
         started = time.monotonic()
         code, output = run.finish(process)
         assert code == 1, output
-        assert 25 < time.monotonic() - started < 90
+        assert 55 < time.monotonic() - started < 180
         last = output.strip().splitlines()[-1]
         assert last.startswith("btx: stage seed failed: nothing has moved for ")
         assert f": rank {rank} gives no sign of life; last seen: rank {rank} in " in last
