@@ -194,7 +194,10 @@ def main() -> int:
         order = contestants[number % 4 :] + contestants[: number % 4]
         for contestant in order:
             place = folder / f"{number}" / contestant.name.replace(", ", "-").replace(" ", "-")
-            taken[contestant.name].append(take(contestant, lines, few, place))
+            run = take(contestant, lines, few, place)
+            taken[contestant.name].append(run)
+            told = f"{run.seconds:.2f} s, CPU {run.cpu_seconds:.2f} s, start-up {run.start_up:.1f} s"
+            print(f"round {number}: {contestant.name}: {told}", file=sys.stderr, flush=True)
         if number == 0:
             their_files = folder / "0" / "preprocess_data-1-core" / "all" / "theirs_text_document"
             tokens = check_same_tokens(folder / "0" / "btx-1-core" / "all" / "run", their_files)

@@ -24,7 +24,7 @@ LLAMA_2_7B = Model(
 
 
 def test_llama_2_7b() -> None:
-    """6 FLOPs a weight that is multiplied with, and attention: 6 L S h where half of the square is counted."""
+    """6 FLOPs a weight that is multiplied with; attention 6 L S h, where half of the square is counted."""
     weights = parameter_counts(LLAMA_2_7B, 32000, 1, 1).dense - 32000 * 4096 - 65 * 4096
     attention = 6 * 32 * 4096 * 4096
     assert forward_flops(LLAMA_2_7B, 32000).training() == 6 * weights + attention

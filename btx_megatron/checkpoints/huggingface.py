@@ -140,7 +140,7 @@ class HuggingFaceCheckpoint:
         self._account()
 
     def _read_headers(self) -> dict[str, Stored]:
-        stored = read_headers(self.folder, self.folder / INDEX, WEIGHTS)
+        stored = read_headers(self.folder, INDEX, WEIGHTS)
         return {key: value for key, value in stored.items() if not key.endswith("rotary_emb.inv_freq")}
 
     def _check_config(self) -> None:

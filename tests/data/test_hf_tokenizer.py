@@ -91,7 +91,11 @@ def test_the_end_of_a_text_for_generation_ends_a_document(tmp_path: Path, severa
 @pytest.mark.parametrize(
     ("config", "eod_token", "message"),
     [
-        ({}, None, "no eos_token in tokenizer_config.json beside it; name the token that ends a document"),
+        (
+            {},
+            None,
+            r"no eos_token in tokenizer_config\.json beside it, no eos_token_id in generation_config\.json",
+        ),
         (None, "<stop>", "tokenizer.eod_token '<stop>': .* has no such token"),
     ],
 )

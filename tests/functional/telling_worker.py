@@ -70,15 +70,16 @@ def routes(layout: Layout, folder: Path, seen: bool = False) -> dict[str, Any]:
 
     run = Run("moe", layout, folder)
     own = torch.zeros(2, MODEL.num_layers, EXPERTS, dtype=torch.int64)
-    reading = 0
+    now = 0
     for layer, router in routers_of(run.trainer.model).items():
 
         def note(module: Any, inputs: Any, output: Any, layer: int = layer) -> None:
-            own[reading, layer] += output[1].sum(dim=0)
+            own[now, layer] += output[1].sum(dim=0)
 
         router.register_forward_hook(note)
     told = []
     for reading in range(2):
+        now = reading
         run.steps(2)
         told.append(read_gauges(run.trainer.model, MODEL.num_layers, EXPERTS))
     result = {

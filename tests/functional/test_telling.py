@@ -1,4 +1,4 @@
-"""What is told of a step is so: FLOPs as torch's counter has them, routes of all experts under every layout."""
+"""What is told of a step is so: FLOPs as torch's counter has them, all experts' routes under every layout."""
 
 from __future__ import annotations
 

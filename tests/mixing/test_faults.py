@@ -53,6 +53,12 @@ def test_a_missing_shard_is_named(good: Path) -> None:
     assert_mix_refused(good, bad, "bad/model-00002-of-00003.safetensors: cannot be read (No such file")
 
 
+def test_shards_in_a_folder_that_is_named_from_here(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_llama(good.parent / "sharded", 1, shards=2)
+    monkeypatch.chdir(good.parent)
+    assert run_btx(*mix_arguments([Path("good"), Path("sharded")], Path("out")))[0] == 0
+
+
 def test_a_tensor_that_two_shards_hold_is_named(good: Path) -> None:
     """Which one is the model's cannot be known: the last one won, and another program may take the first."""
     bad = write_llama(good.parent / "bad", 1, shards=3)

@@ -78,7 +78,8 @@ GROW = [  # which mixture, options, message
     ("trained", "--add-expert c=c --router-topk 1", "--router-topk has no effect with --moe"),
 ]
 RECIPE = [
-    "--workers 2", "--max-memory 1G", "--dry-run", "--density 0.5", "--output out", "--to hf", "--approximate",
+    "--workers 2", "--max-memory 1G", "--dry-run", "--density 0.5", "--output out", "--to hf",
+    "--approximate",
     "--make-vocab-size-divisible-by 128", "--tokenizer union", "--random-seed 1",
 ]  # fmt: skip
 

