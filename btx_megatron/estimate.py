@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from btx_megatron.errors import UserError
 from btx_megatron.recipe import Model, Recipe
+from btx_megatron.tokenizer_json import json_vocab_size, tokenizer_json
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,6 @@ def vocab_size(recipe: Recipe) -> int:
     if path is None:
         return recipe.tokenizer.vocab_size
     if recipe.tokenizer.tokenizer_type == "HuggingFaceTokenizer":
-        from btx_megatron.data.hf_tokenizer import json_vocab_size, tokenizer_json
-
         return json_vocab_size(tokenizer_json(path))
     from sentencepiece import SentencePieceProcessor
 

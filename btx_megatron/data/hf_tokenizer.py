@@ -12,11 +12,17 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from btx_megatron.errors import UserError
-
-FILE, CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+from btx_megatron.tokenizer_json import (
+    CONFIG,
+    FILE,
+    GENERATION,
+    json_object,
+    json_vocabulary,
+    read_text,
+    special_names,
+)
 
 
 class HuggingFaceTokenizer:
@@ -31,7 +37,7 @@ class HuggingFaceTokenizer:
             raise UserError(f"{path}: needs the package tokenizers; install the extra 'hf'")
         import tokenizers
 
-        content = _read(self.path)
+        content = read_text(self.path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # what the package raises is no narrower
@@ -88,44 +94,14 @@ class HuggingFaceTokenizer:
         return OrderedDict({"class": type(self).__name__, "sha256": self.sha256})
 
 
-def tokenizer_json(path: str | Path) -> Path:
-    """The ``tokenizer.json`` that a file or a folder names."""
-    path = Path(path)
-    return path / FILE if path.is_dir() else path
-
-
-def json_vocab_size(path: Path) -> int:
-    """``vocab_size`` of a ``tokenizer.json``, without the package. Raises UserError if it is none."""
-    return max(json_vocabulary(path).values()) + 1
-
-
-def json_vocabulary(path: Path) -> dict[str, int]:
-    """Number of every token, added ones too, without the package. Raises UserError if it is none."""
-    return tokens_in(_read(path), path)
-
-
-def tokens_in(text: str | bytes, where: Path) -> dict[str, int]:
-    """Number of every token in the text of a ``tokenizer.json``. Raises UserError if it is none."""
-    try:
-        content = json.loads(text)
-        vocabulary = content["model"]["vocab"]
-        if not isinstance(vocabulary, dict):  # Unigram's: pairs of a token and its score
-            vocabulary = {token: number for number, (token, *_) in enumerate(vocabulary)}
-        numbers = vocabulary | {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-        max(numbers.values())
-        return {token: int(number) for token, number in numbers.items()}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{where}: not a Hugging Face tokenizer; name a {FILE}") from None
-
-
 def take_hf_tokenizer(source: Path, eod_token: str | None, folder: Path) -> None:
     """Check a tokenizer and write it to ``folder``; ``eod_token`` becomes its eos token.
 
     Raises UserError where there is no token that ends a document.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    content = _read(source)
-    config = _object(source.with_name(CONFIG))
+    content = read_text(source)
+    config = json_object(source.with_name(CONFIG))
     wanted = eod_token or special_names(source).get("eos_token") or _generation_eos(source)
     if wanted is not None:
         config["eos_token"] = wanted
@@ -143,37 +119,7 @@ def take_hf_tokenizer(source: Path, eod_token: str | None, folder: Path) -> None
 
 def _generation_eos(source: Path) -> str | None:
     """The token that ends a text for ``generate``, of several the first; None where nothing says it."""
-    wanted = _object(source.with_name(GENERATION)).get("eos_token_id")
+    wanted = json_object(source.with_name(GENERATION)).get("eos_token_id")
     wanted = wanted[0] if isinstance(wanted, list) and wanted else wanted
     numbers = json_vocabulary(source) if wanted is not None else {}
     return next((token for token, number in numbers.items() if number == wanted), None)
-
-
-def special_names(path: Path) -> dict[str, str]:
-    """The special tokens (``eos_token``, ``bos_token``, ...) that lie beside a ``tokenizer.json``."""
-    names = {}
-    for key, value in _object(path.with_name(CONFIG)).items():
-        token = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(token, str):
-            names[key] = token
-    return names
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(_read(path))
-    except ValueError:
-        raise UserError(f"{path}: not JSON; restore it, or take it away") from None
-    return content if isinstance(content, dict) else {}
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: tokenizer cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a Hugging Face tokenizer; name a {FILE}") from None

@@ -23,7 +23,6 @@ from typing import Any
 from btx_megatron.data.corpus import Collection, collect, locate, where
 from btx_megatron.data.document import Document
 from btx_megatron.data.folder import STATISTICS, token_prefix
-from btx_megatron.data.hf_tokenizer import FILE
 from btx_megatron.data.indexed import bin_path, idx_path
 from btx_megatron.data.resume import Finished, documents_key, reading_key
 from btx_megatron.data.split import Sides, Splitter
@@ -33,6 +32,7 @@ from btx_megatron.data.workers import Workers
 from btx_megatron.errors import UserError
 from btx_megatron.estimate import padded_vocab_size
 from btx_megatron.recipe import Domain, Recipe, Source
+from btx_megatron.tokenizer_json import FILE
 
 Progress = Callable[[str, int, int], None]
 

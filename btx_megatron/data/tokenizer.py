@@ -20,9 +20,10 @@ from pathlib import Path
 import sentencepiece
 
 from btx_megatron import recipe
-from btx_megatron.data.hf_tokenizer import HuggingFaceTokenizer, take_hf_tokenizer, tokenizer_json
+from btx_megatron.data.hf_tokenizer import HuggingFaceTokenizer, take_hf_tokenizer
 from btx_megatron.data.segments import Segments
 from btx_megatron.errors import UserError
+from btx_megatron.tokenizer_json import tokenizer_json
 
 SPACE_SIGN = "\u2581"  # SentencePiece's own sign for a space: as text it would come back as one
 UNKNOWN_SIGN = "\u2585"  # its sign for unknown: a training text that has it would be left out, whole

@@ -19,12 +19,12 @@ from btx_megatron.checkpoints.pieces import dtype_name
 from btx_megatron.checkpoints.stream import PlannedTensor, Reporter, Watched, copy_plan
 from btx_megatron.checkpoints.tokenizer_files import JSON, MODEL, find_tokenizer
 from btx_megatron.checkpoints.vocabulary import EMBEDDING, VOCABULARY, divisor, pad_rows, rows_in
-from btx_megatron.data.hf_tokenizer import json_vocabulary, tokenizer_json, tokens_in
 from btx_megatron.errors import UserError
 from btx_megatron.estimate import padded_vocab_size, vocab_size
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_checks import stage_key
 from btx_megatron.recipe_file import recipe_to_dict
+from btx_megatron.tokenizer_json import json_vocabulary, tokenizer_json, tokens_in
 
 _KEYS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",

@@ -22,10 +22,14 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from btx_megatron.recipe import Stage, Training
+from btx_megatron.training.finite import FiniteOptimizer
 
 
-def build_optimizer(model: Sequence[DistributedDataParallel], stage: Stage) -> MegatronOptimizer:
-    """Megatron's optimizer over this rank's parameters; experts and the rest have one each, chained."""
+def build_optimizer(model: Sequence[DistributedDataParallel], stage: Stage) -> FiniteOptimizer:
+    """Megatron's optimizer over this rank's parameters; experts and the rest have one each, chained.
+
+    Where all weights of one are frozen Megatron leaves an empty one in the chain, which cannot be saved.
+    """
     training, layout = stage.training, stage.layout
     config = OptimizerConfig(
         optimizer=training.optimizer,
@@ -42,8 +46,10 @@ def build_optimizer(model: Sequence[DistributedDataParallel], stage: Stage) -> M
         overlap_param_gather=layout.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, list(model), use_gloo_process_groups=False)
-    _fuse(optimizer)
-    return optimizer
+    chained = [inner for inner in optimizer.chained_optimizers if inner.optimizer is not None]
+    finite = FiniteOptimizer(chained)
+    _fuse(finite)
+    return finite
 
 
 def build_scheduler(

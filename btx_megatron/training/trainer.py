@@ -30,7 +30,6 @@ from btx_megatron.model.build import build_model
 from btx_megatron.model.routers import batch_context, take_balancing_loss
 from btx_megatron.recipe import Recipe, Stage
 from btx_megatron.runtime.ranks import device
-from btx_megatron.training.finite import FiniteOptimizer
 from btx_megatron.training.metrics import StepResult
 from btx_megatron.training.optimizer import build_optimizer, build_scheduler
 
@@ -50,7 +49,7 @@ class Trainer:
         self.recipe, self.stage = recipe, stage
         self.model = _wrap(build_model(recipe, stage, padded_vocab_size, num_experts), stage)
         """This rank's chunks: one, or several where the pipeline is interleaved."""
-        self.optimizer = FiniteOptimizer(build_optimizer(self.model, stage).chained_optimizers)
+        self.optimizer = build_optimizer(self.model, stage)
         self.scheduler: OptimizerParamScheduler = build_scheduler(
             self.optimizer, stage.training, stage.training.train_iters
         )

@@ -10,9 +10,10 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from btx_megatron import recipe
-from btx_megatron.data.hf_tokenizer import HuggingFaceTokenizer, json_vocab_size
+from btx_megatron.data.hf_tokenizer import HuggingFaceTokenizer
 from btx_megatron.data.tokenizer import cached_tokenizer, open_tokenizer, take_tokenizer
 from btx_megatron.errors import UserError
+from btx_megatron.tokenizer_json import json_vocab_size
 
 TEXTS = ["a fox", "  the   fox\n\tsees a fox.", "Füchse 🦊 \u2581", "one <end> two", ""]
 

@@ -96,6 +96,8 @@ def case(name: str, folder: Path) -> dict[str, Any]:
 def main() -> None:
     folder = Path(sys.argv[1])
     ranks.start_ranks()
+    for kind, layout in (("moe", EP2), ("dense", Layout(data_parallel_size=2))):
+        Run(kind, layout, folder)  # saves the initial checkpoint, which a distributed optimizer cannot do
     result = {name: case(name, folder) for name in CASES}
     if torch.distributed.get_rank() == 0:
         (folder / "frozen.json").write_text(json.dumps(result, indent=1))

@@ -172,7 +172,9 @@ class Run:
         t = self.trainer
         self.state = TrainingState(t.model, t.optimizer, t.scheduler, layout)
         initial = folder / f"initial-{kind}"
-        if not initial.exists():
+        missing = not initial.exists()
+        torch.distributed.barrier()  # all have looked before one of them makes it
+        if missing:
             save(initial, self.state, {}, keep=1)
         load_weights(initial, t.model)
         t.optimizer.reload_model_params()

@@ -242,16 +242,17 @@ def test_a_second_ctrl_c_kills_at_once(branching: Path) -> None:
 
 
 def test_a_stage_that_cannot_save_is_killed_and_starts_over(recipe_file: Path) -> None:
-    process = start(recipe_file, {"prepare": {"seconds": 60}})
+    """Mixing; training and preparing data go on where they were."""
+    process = start(recipe_file, {"mix": {"seconds": 60}})
     _, run = run_of(recipe_file)
-    pids = wait_for(lambda: pids_of(run.work("prepare")))
-    (run.work("prepare") / "half.bin").write_text("half a file")
+    pids = wait_for(lambda: pids_of(run.work("mix")))
+    (run.work("mix") / "half.bin").write_text("half a file")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 75
     assert not any(map(alive, pids))
-    assert drive(recipe_file, {}, "prepare")[0] == 0
-    assert not (run.published("prepare") / "half.bin").exists()
+    assert drive(recipe_file, {}, "mix")[0] == 0
+    assert not (run.published("mix") / "half.bin").exists()
 
 
 def pids_of(work: Path) -> list[int]:

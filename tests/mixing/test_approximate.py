@@ -42,8 +42,7 @@ def test_pre_softmax_is_refused_with_the_option_that_writes_it(experts: list[Pat
 
 @pytest.mark.parametrize("kind", ["convert", "mix"])
 def test_what_differs_is_printed_and_recorded_twice(experts: list[Path], tmp_path: Path, kind: str) -> None:
-    mixed = mix_arguments(experts, tmp_path / "moe", "--to", "megatron", "--router-pre-softmax")
-    done(*mixed, "--approximate")
+    done(*mix_arguments(experts, tmp_path / "moe", "--to", "megatron", "--router-pre-softmax"))
     if kind == "convert":
         out = done("convert", tmp_path / "moe", tmp_path / "hf", "--to", "hf", "--approximate")
     else:
@@ -78,7 +77,7 @@ def test_a_dense_model_needs_no_approximation(experts: list[Path], tmp_path: Pat
 def test_a_router_that_cannot_learn_is_not_mixed_towards_any_format(
     experts: list[Path], tmp_path: Path, to: str
 ) -> None:
-    arguments = mix_arguments(experts, tmp_path / "no", "--to", to, "--router-topk", "1", "--approximate")
+    more = ["--to", to, "--router-topk", "1", *(["--approximate"] if to == "hf" else [])]
+    arguments = mix_arguments(experts, tmp_path / "no", *more)
     assert_refused(tmp_path, "moe_router_topk 1 without pre-softmax has a constant gate", *arguments)
-    done(*mix_arguments(experts, tmp_path / "yes", "--to", to, "--router-topk", "1", "--router-pre-softmax",
-                        *(["--approximate"] if to == "hf" else [])))  # fmt: skip
+    done(*mix_arguments(experts, tmp_path / "yes", *more, "--router-pre-softmax"))

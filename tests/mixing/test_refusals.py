@@ -129,7 +129,9 @@ def test_a_path_that_is_no_checkpoint(good: Path) -> None:
     assert_mix_refused(good, good.parent / "empty", "empty: no checkpoint there")
     assert_mix_refused(good, good.parent / "file", "file: no such folder; name a checkpoint's")
     assert_mix_refused(good, good.parent / "absent", "absent: no such folder; name a checkpoint's")
-    assert_mix_refused(good, good, "absent: no such folder", "--base", good.parent / "absent")
+    assert_mix_refused(
+        good, good, "absent: no such folder", "--average", "base", "--base", good.parent / "absent"
+    )
     assert_refused(
         good.parent,
         "absent: no such folder",
@@ -227,9 +229,9 @@ def test_an_output_in_a_megatron_source(good: Path) -> None:
         (["--average", "weighted", "--weight", "a=0", "--weight", "b=0"], "--weight: all weights are 0"),
         (["--average", "weighted", "--weight", "a=1", "--weight", "a=2"], "the name a is given twice"),
         (["--weight", "a=1"], "--weight has no effect with --average mean"),
-        (["--density", "0"], "--density 0.0: must be above 0 and at most 1"),
-        (["--density", "1.1"], "--density 1.1: must be above 0"),
-        (["--density", "nan"], "--density nan: must be above 0"),
+        (["--average", "ties", "--base", "a", "--density", "0"], "--density 0.0: must be above 0"),
+        (["--average", "ties", "--base", "a", "--density", "1.1"], "--density 1.1: must be above 0"),
+        (["--average", "ties", "--base", "a", "--density", "nan"], "--density nan: must be above 0"),
         (["--drop-ratio", "-0.1"], "--drop-ratio -0.1: must lie between 0 and 1"),
         (["--drop-ratio", "nan"], "--drop-ratio nan: must lie between 0 and 1"),
         (["--chunks", "2"], "--chunks 2 means nothing with --experts stack"),
@@ -283,14 +285,12 @@ def test_a_bad_word_or_number(good: Path, more: list[str], message: str) -> None
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--dry-run"], "--dry-run"),
         (["--average", "ties"], "--average"),
         (["--experts", "split"], "--experts"),
         (["--add-expert", "c=x"], "one --drop-expert NUMBER"),
     ],
 )
 def test_what_growing_does_not_do_is_refused(good: Path, more: list[str], message: str) -> None:
-    """Without this line --dry-run would write."""
     assert run_btx(*mix_arguments([good, good], good.parent / "moe", "--to", "megatron"))[0] == 0
     arguments = ("mix", "--moe", good.parent / "moe", "--drop-expert", 0, "--output", good.parent / "out")
     assert_refused(good.parent, message, *arguments, *more)
@@ -309,7 +309,8 @@ def test_options_beside_a_recipe_are_refused(tmp_path: Path, more: list[str]) ->
         (["mix", "--output", "out"], "mix: give a RECIPE, or --expert NAME=PATH"),
         (["convert", "good", "out", "--to", "gguf"], "--to gguf: not known"),
         (["convert", "good", "out", "--to", "hf", "--workers", "-1"], "--workers -1"),
-        (["convert", "good", "out", "--to", "megatron", "--target-expert-model-parallel-size", "2"], "div"),
+        (["convert", "good", "out", "--to", "megatron", "--target-expert-model-parallel-size", "2"],
+         "a dense model has no experts to spread"),
         (["convert", "good", "out", "--to", "megatron-legacy", "--target-tensor-model-parallel-size", "0"],
          "--target-tensor-model-parallel-size 0: must be at least 1"),
         (["convert", "good", "out", "--to", "megatron-legacy", "--target-expert-model-parallel-size", "2"],
