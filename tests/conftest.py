@@ -4,6 +4,7 @@ The marks themselves are registered in pyproject.toml, which also leaves them ou
 """
 
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         room = item.path.relative_to(here).parts[0]
         if room in _MARKED_FOLDERS:
             item.add_marker(room)
+
+
+def pytest_collection_finish() -> None:
+    """Without CUDA megatron.core can only be imported behind btx_megatron.runtime.cpu_backend."""
+    assert "megatron.core" not in sys.modules, "a test module imports megatron.core on top; do it in the test"

@@ -3,6 +3,8 @@
 torchrun --nproc-per-node 1 layout_worker.py FOLDER      the reference, and the initial checkpoints
 torchrun --nproc-per-node 2 layout_worker.py FOLDER      the layouts of two ranks, from those checkpoints
 torchrun --nproc-per-node 4 layout_worker.py FOLDER      and of four
+
+With --losses after FOLDER only the losses of 20 steps under each layout.
 """
 
 from __future__ import annotations
@@ -344,6 +346,16 @@ def main() -> None:
     for kind in layouts:
         for name, layout in layouts[kind].items():
             result[f"{kind} {name}"] = Run(kind, layout, folder).steps(STEPS)
+    if "--losses" not in sys.argv:
+        result |= more_than_losses(folder, world)
+    if torch.distributed.get_rank() == 0:
+        (folder / f"result-{world}.json").write_text(json.dumps(result, indent=1))
+    ranks.stop_ranks()
+
+
+def more_than_losses(folder: Path, world: int) -> dict[str, Any]:
+    """Held-out losses, interrupted runs and the like, on so many ranks."""
+    result: dict[str, Any] = {}
     held_outs = {1: {"1": Layout()}, 2: {"EP2": EP2, "TP2+SP": TP2_SP, "PP2": PP2}}
     for name, layout in held_outs.get(world, {}).items():
         result[f"held out {name}"] = held_out(layout, folder)
@@ -355,9 +367,7 @@ def main() -> None:
         result["damaged"] = damaged(folder)
         result["resumes"] = resumes(folder)
         result["balancing"] = balancing_gradients()
-    if torch.distributed.get_rank() == 0:
-        (folder / f"result-{world}.json").write_text(json.dumps(result, indent=1))
-    ranks.stop_ranks()
+    return result
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch
 from layout_worker import LAYOUTS, MODEL, ON_4_RANKS, RECOMPUTE, RESHARDS, STEPS, gates_of
 from torchrun import torchrun
 
+from tools import golden_losses
+
 pytestmark = pytest.mark.timeout(
     1200
 )  # a minute on free cores; ranks that wait for each other suffer on busy ones
@@ -65,6 +67,16 @@ def test_layout_agrees_with_one_process(result: dict[str, Any], name: str) -> No
 )
 def test_layout_of_4_ranks_agrees_with_one_process(on_4_ranks: dict[str, Any], name: str) -> None:
     assert_agrees(on_4_ranks[name], on_4_ranks[f"{name.split()[0]} 1 process"])
+
+
+@pytest.mark.parametrize("name", golden_losses.LAYOUTS)
+def test_losses_are_those_that_are_kept(result: dict[str, Any], name: str) -> None:
+    """If they shall change: python tools/golden_losses.py --update."""
+    losses = result[golden_losses.LAYOUTS[name]]["loss"]
+    assert golden_losses.compare(name, losses) is None
+    off = [*losses[:-1], losses[-1] + 2 * golden_losses.TOLERANCE]
+    assert f"step {STEPS}: {off[-1]:.6f}" in (golden_losses.compare(name, off) or "")
+    assert f"{STEPS - 1} steps" in (golden_losses.compare(name, losses[1:]) or "")
 
 
 @pytest.mark.parametrize("kind", RECOMPUTE)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from btx_megatron.runtime import cpu_backend
 
 WORDS = [f"w{number}" for number in range(20)]
 SEQUENCE = 1536  # beyond a quarter of the longest wavelength that stays as it is
@@ -43,6 +44,9 @@ def llama_config(factor: float | None, head_width: int = 16, theta: float = 10_0
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 @pytest.mark.parametrize(("head_width", "theta"), [(16, 1e4), (64, 5e5), (128, 5e5)])
 def test_frequencies_are_transformers(factor: float, head_width: int, theta: float) -> None:
+    cpu_backend.install()
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
     theirs = LlamaRotaryEmbedding(llama_config(factor, head_width, theta)).inv_freq
     megatron = RotaryEmbedding(
         head_width, 1.0, rotary_base=theta, rope_scaling=True, rope_scaling_factor=factor,

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("megatron.core")
 sys.path.insert(0, str(Path(__file__).parents[1] / "mixing"))
 
 from llamas import read_ours, run_btx, write_llama
-from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
 from btx_megatron.checkpoints.vocabulary import EMBEDDING, padded_rows
+from btx_megatron.runtime import cpu_backend
 
 
 def by_megatron(tokens: int, number: int, tensor_parallel: int) -> int:
+    cpu_backend.install()
+    from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+
     args = Namespace(make_vocab_size_divisible_by=number, tensor_model_parallel_size=tensor_parallel, rank=0)
     return vocab_size_with_padding(tokens, args, logging_enabled=False)
 
