@@ -70,8 +70,8 @@ class Progress:
 
 
 def read_progress(work_folder: Path) -> ProgressRecord | None:
-    """The last report of a stage, or None where it has not reported yet."""
+    """The last report of a stage, or None where it has not reported yet, or as another version does."""
     try:
         return ProgressRecord(**json.loads((work_folder / PROGRESS_FILE).read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, TypeError):
         return None

@@ -59,6 +59,11 @@ def test_no_progress_yet(tmp_path: Path) -> None:
     assert read_progress(tmp_path) is None
 
 
+def test_a_report_of_another_version_is_none(tmp_path: Path) -> None:
+    (tmp_path / "progress.json").write_text('{"phase": "training", "done": 3, "total": 9}')
+    assert read_progress(tmp_path) is None
+
+
 def test_what_cannot_be_written_ends_no_work(tmp_path: Path) -> None:
     gone = tmp_path / "gone"  # as a full disk, or a file server that is away for a moment
     Progress(gone).update("training", 1, 2)
