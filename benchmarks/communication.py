@@ -28,7 +28,6 @@ from measure import commit, machine, versions
 
 from btx_megatron.estimate_comm import Setup, step_traffic
 from btx_megatron.recipe import Layout, Model, Moe, Recipe, Stage, Training
-from btx_megatron.runtime.ranks import free_port
 from btx_megatron.traffic import Amount, readable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,7 +172,7 @@ def measure_setup(setup: Setup, folder: Path) -> list[dict[str, Any]]:
     ranks = setup.layout.world_size
     number = [part[0] for way in HERE for part in way.parts].index(setup)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    command += ["--standalone", "--local-addr", "127.0.0.1"]
     command += [__file__, "--worker", str(number), str(out)]
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # on gloo
     subprocess.run(command, check=True, env=os.environ | environment, stderr=subprocess.DEVNULL)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -43,7 +42,8 @@ def worker_command(stage: PipelineStage, job_file: Path) -> list[str]:
     command = [sys.executable]
     if stage.task in ("train", "evaluate"):
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(stage.ranks)]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+        # it takes a port and keeps it; one that is chosen here could be another's before it is taken
+        command += ["--standalone", "--local-addr", "127.0.0.1"]
     return [*command, *_WORKER, str(job_file)]
 
 
@@ -331,12 +331,6 @@ def _environment(threads: int, gpus: tuple[str, ...]) -> dict[str, str]:
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks up the host's name, which may not resolve
     return environment | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}  # none for what needs none
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _detail(recipe: Recipe, stage: PipelineStage) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ HERE = Path(__file__).parent
 def torchrun(script: str, ranks: int, *arguments: object, timeout: float = 900) -> str:
     """Output of ``script`` on so many ranks; raises with its end if it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+    command += ["--standalone", "--local-addr", "127.0.0.1"]
     command += [str(HERE / script), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # on gloo
     done = subprocess.run(
@@ -24,9 +23,3 @@ def torchrun(script: str, ranks: int, *arguments: object, timeout: float = 900) 
         own = done.stdout.partition("torch/distributed/elastic/")[0]  # torchrun's own traceback tells nothing
         raise AssertionError(f"{script} on {ranks} ranks failed:\n{own[-6000:]}")
     return done.stdout
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

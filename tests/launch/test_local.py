@@ -20,6 +20,7 @@ import yaml
 from drive import main
 
 from btx_megatron.errors import UserError
+from btx_megatron.launch.local import worker_command
 from btx_megatron.launch.tables import status_text
 from btx_megatron.pipeline import stages_of
 from btx_megatron.recipe import Recipe
@@ -362,3 +363,11 @@ def test_missing_input_names_the_command(recipe_file: Path) -> None:
 
     with pytest.raises(UserError, match=r"stage expert:a needs the stage prepare, .* `btx prepare RECIPE`"):
         run_stages(load_recipe(recipe_file), ["expert:a"])
+
+
+def test_torchrun_takes_its_port_itself(recipe_file: Path) -> None:
+    """A port that was free a moment ago may be somebody's when torchrun binds it: experts start side by side."""
+    (stage,) = [stage for stage in stages_of(load_recipe(recipe_file)) if stage.name == "seed"]
+    command = worker_command(stage, Path("job.json"))
+    assert "--standalone" in command
+    assert not [word for word in command if "port" in word]
