@@ -96,12 +96,15 @@ def _draw_held_out(axis: Axes, held_out: dict[str, dict[str, float]], colors: di
 
 
 def curve_starts(curves: dict[str, Curve]) -> dict[str, int]:
-    """Tokens that all models before a stage have taken, as the module's docstring orders them."""
+    """Tokens that all models before a stage have taken, as the module's docstring orders them.
+
+    A seed or an expert that was imported has no curve.
+    """
     starts, spent = {}, 0
     for stage in [name for name in curves if name == "seed" or name.startswith("expert:")] + ["finetune"]:
         starts[stage] = spent
         spent += curves[stage][-1][0]
-    after_seed = curves["seed"][-1][0]
+    after_seed = curves["seed"][-1][0] if "seed" in curves else 0
     return {stage: starts.get(stage, after_seed) for stage in curves}
 
 

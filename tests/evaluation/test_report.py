@@ -225,6 +225,11 @@ def test_stages_follow_each_other_on_the_token_axis() -> None:
     assert starts == {"seed": 0, "expert:a": 500, "expert:b": 600, "finetune": 800, "dense": 500}
 
 
+def test_curves_without_those_of_imported_models() -> None:
+    starts = curve_starts({"expert:b": [(5, 9.0)], "finetune": [(3, 8.0)], "dense": [(8, 7.0)]})
+    assert starts == {"expert:b": 0, "finetune": 5, "dense": 0}
+
+
 def test_running_mean_is_a_mean() -> None:
     values = np.arange(90.0)  # window 3
     smooth = running_mean(values)

@@ -366,7 +366,7 @@ def test_missing_input_names_the_command(recipe_file: Path) -> None:
 
 
 def test_torchrun_takes_its_port_itself(recipe_file: Path) -> None:
-    """A port that was free a moment ago may be somebody's when torchrun binds it: experts start side by side."""
+    """A port that was free a moment ago may be another expert's when torchrun binds it."""
     (stage,) = [stage for stage in stages_of(load_recipe(recipe_file)) if stage.name == "seed"]
     command = worker_command(stage, Path("job.json"))
     assert "--standalone" in command
