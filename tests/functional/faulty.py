@@ -126,11 +126,11 @@ class SeedRun:
         return [(one["step"], one["lm_loss"], one["grad_norm"], one["learning_rate"]) for one in records]
 
 
-def prepared(folder: Path) -> SeedRun:
+def prepared(folder: Path, *overrides: str) -> SeedRun:
     """A run whose data is ready."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE))
-    run = SeedRun(recipe, folder / "prepared")
+    run = SeedRun(recipe, folder / "prepared", *overrides)
     code, output = run.finish(run.start("prepare"))
     assert code == 0, output
     return run

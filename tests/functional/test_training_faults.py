@@ -24,6 +24,7 @@ from btx_megatron.mixing.hashes import hash_tensors
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 KILLS = 24
+ENDLESS = "training.train_iters=100000"
 SEED = int(os.environ.get("BTX_FAULT_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 
 
@@ -118,10 +119,8 @@ def test_signals_stop_all_ranks_after_the_same_step_and_never_reach_torchrun(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_hangs_is_named_and_the_stage_goes_on_later(
-    data: SeedRun, tmp_path: Path, rank: int
-) -> None:
-    run = data.copy(tmp_path / "run", "training.distributed_timeout_minutes=1", "training.train_iters=100000")
+def test_a_rank_that_hangs_is_named_and_the_stage_goes_on_later(tmp_path: Path, rank: int) -> None:
+    run = prepared(tmp_path, "training.distributed_timeout_minutes=1", ENDLESS)
     try:
         process = run.start()
         run.wait_for_save(0, process)
@@ -170,7 +169,7 @@ def test_a_save_that_fails_keeps_the_last_good_one_and_says_so(
         end_all(run)
 
 
-def test_a_full_disk(data: SeedRun, tmp_path: Path) -> None:
+def test_a_full_disk(tmp_path: Path) -> None:
     place = tmp_path / "small"
     place.mkdir()
     mounted = subprocess.run(
@@ -178,7 +177,7 @@ def test_a_full_disk(data: SeedRun, tmp_path: Path) -> None:
     )
     if mounted.returncode:
         pytest.skip("mounting a small file system takes root")
-    run = data.copy(place / "run", "training.train_iters=100000")
+    run = prepared(place, ENDLESS)
     try:
         process = run.start()
         run.wait_for_save(0, process)
