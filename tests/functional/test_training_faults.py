@@ -173,7 +173,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     place = tmp_path / "small"
     place.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(place)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("mounting a small file system takes root")
@@ -194,7 +194,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
         tracked, process = run.tracked(), run.start()
         run.wait_for_save(tracked, process)
         process.send_signal(signal.SIGTERM)
-        assert run.finish(process)[0] == 75
+        code, output = run.finish(process)
+        assert code == 75, output
     finally:
         end_all(run)
         subprocess.run(["umount", "--lazy", str(place)], check=True)
