@@ -57,12 +57,15 @@ class _Save:
         self.error: Exception | None = None
         self.stall = 0.0
         """Seconds that training stood still to start it."""
+        self.copied = False
+        """Training goes on meanwhile."""
         self.started = time.perf_counter()
         self._results = results
         self._thread: threading.Thread | None = None
 
     def start(self, copy: bool) -> None:
         """Start writing; ``copy``: the tensors as they are now, whatever becomes of them."""
+        self.copied = copy
         buckets = _copies(self.request.async_fn_args[1], copy) if self.request.async_fn else []
         self._thread = threading.Thread(target=self._write, args=(buckets,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -93,12 +96,14 @@ class CheckpointSaver:
         self.folder, self.retention, self.asynchronous = folder, retention, asynchronous
         self._save: _Save | None = None
 
-    def save(self, state: TrainingState, extra: dict[str, Any]) -> None:
+    def save(self, state: TrainingState, extra: dict[str, Any], last: bool = False) -> None:
         """Save ``state`` as it is now; ``extra`` holds plain values that travel along (the recipe).
 
-        Returns when training may go on: at once where saves are asynchronous. A save that is still under
-        way is finished first. Raises StageFailed, on all ranks, where it failed.
+        Returns when training may go on: at once where saves are asynchronous. ``last``: it will not go on, so
+        nothing is copied, and the save is finished here. A save that is still under way is finished first.
+        Raises StageFailed, on all ranks, where it failed.
         """
+        asynchronous = self.asynchronous and not last
         started = time.perf_counter()
         self.wait()
         path = self.folder / checkpoint_name(state.iteration)
@@ -117,10 +122,10 @@ class CheckpointSaver:
                 async_strategy="mcore",
             )
             save = _Save(path, state.iteration, request, results)
-            save.start(copy=self.asynchronous)
+            save.start(copy=asynchronous)
         self._save = save
         save.stall = time.perf_counter() - started
-        if not self.asynchronous:
+        if not asynchronous:
             self.wait()
 
     def poll(self) -> bool:
@@ -168,7 +173,7 @@ class CheckpointSaver:
         write_tracker(self.folder, str(save.iteration))
         prune(self.folder, save.iteration, self.retention.last, self.retention.every)
         seconds = time.perf_counter() - save.started
-        waited = save.stall if self.asynchronous else seconds
+        waited = save.stall if save.copied else seconds
         print(
             f"saved step {save.iteration} in {seconds:.1f} s; training stood still {waited:.2f} s", flush=True
         )

@@ -105,12 +105,10 @@ def _train(
         _watch_losses(watch, saver, state.iteration, result)
         at_end = state.iteration == training.train_iters
         heartbeat.tell(state.iteration, f"saving after step {state.iteration}")
-        if result.stop or at_end or state.iteration % training.save_interval == 0:
-            saver.save(state, extra)
-        if result.stop or at_end:
-            saver.wait()
-        else:
-            saver.poll()
+        last = result.stop or at_end
+        if last or state.iteration % training.save_interval == 0:
+            saver.save(state, extra, last)
+        saver.poll()
         if result.stop and not at_end:
             raise Stopped(f"{job.stage}: stopped and saved at step {state.iteration}")
     communication.close()

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from btx_megatron.checkpoints.tracker import latest_checkpoint
+from btx_megatron.checkpoints.tracker import find_checkpoint, latest_checkpoint
 from btx_megatron.recipe import Layout, Model, Moe, Recipe, Stage, Training
 from btx_megatron.runtime import ranks
 
@@ -232,6 +232,9 @@ def save_half_way(kind: str, layout: Layout, path: Path, folder: Path, **options
     go.set()
     saver.wait()
     FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+    saver = CheckpointSaver(path.with_name(f"{path.name}-last"), Retention(), asynchronous=True)
+    saver.save(run.state, {}, last=True)  # is there when this returns
+    assert find_checkpoint(saver.folder).name == f"iter_{STEPS // 2 + 2:07d}"
 
 
 def second_half(kind: str, layout: Layout, path: Path, folder: Path, **options: Any) -> list[float]:
