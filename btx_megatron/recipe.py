@@ -139,21 +139,60 @@ class Model:
 class Moe:
     """The mixture-of-experts layer and its balancing (paper, section 3.3)."""
 
+    moe_router_type: Literal["top_k", "switch", "soft", "sample_top1"] = "top_k"
+    """top_k: each token takes its best ``moe_router_topk`` experts. switch: the best one, with softmax over all
+    and a capacity. soft: all of them, in training and evaluation. sample_top1: one that is sampled by a
+    Gumbel-softmax; the first layer is soft (paper, appendix)."""
     moe_router_topk: int = 2
-    """Experts a token takes."""
+    """Experts a token takes, with ``top_k``; the other types have their own number."""
     moe_router_pre_softmax: bool = False
-    """False: softmax over the chosen k, the paper's SoftMax(TopK). True: softmax over all, then top-k."""
-    moe_router_load_balancing_type: Literal["btx", "aux_loss", "none"] = "btx"
+    """With ``top_k``. False: softmax over the chosen k, the paper's SoftMax(TopK). True: softmax over all,
+    then top-k."""
+    moe_expert_capacity_factor: float | None = None
+    """An expert takes at most this multiple of its even share of a micro-batch's routes (of each rank's part of
+    it); later tokens are dropped there. Null: 1.5 with ``switch``, as in the paper, and no bound otherwise."""
+    moe_router_temperature_decay: float = 1e-4
+    """r of ``sample_top1``: the temperature in step t is exp(-r t), and no less than the minimum."""
+    moe_router_temperature_min: float = 0.5
+    """The least temperature of ``sample_top1``."""
+    moe_router_seed: int = 1234
+    """Seed of the noise of ``sample_top1``."""
+    moe_router_inference: Literal["sample", "argmax"] = "sample"
+    """How ``sample_top1`` chooses in evaluation: by a sample, as in the paper, or the most likely expert."""
+    moe_router_logit_norm_scale: float | None = None
+    """Router logits are normalised over the experts of each token to mean 0 and this standard deviation
+    (Skywork-MoE's gating logit normalization); null: they stay as they are."""
+    moe_router_one_per_group: bool = False
+    """A token takes at most one expert of each domain, where a domain has several (``mix.experts`` split or
+    copies); needs at least as many domains as experts a token."""
+    moe_router_load_balancing_type: Literal["btx", "aux_loss", "seq_aux_loss", "global_aux_loss", "none"] = (
+        "btx"
+    )
     """btx: the paper's loss, with the mean gate value as u (soft). aux_loss: Switch's, with the share
-    of dispatched tokens as u (hard). none: no balancing."""
+    of dispatched tokens as u (hard). seq_aux_loss: Switch's over each sequence. global_aux_loss: Switch's,
+    u over the whole batch so far. none: no balancing."""
     moe_aux_loss_coeff: float = 0.01
     """Weight alpha of the balancing loss of each layer."""
+    moe_aux_loss_adaptive: bool = False
+    """Each layer's alpha follows its own balance (Skywork-MoE): a moving average of a fifth of the share of
+    routes beyond an even load, and at most ``moe_aux_loss_coeff``, where it starts."""
     moe_z_loss_coeff: float | None = None
     """Weight of the router z-loss; null: none, as in the paper."""
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     """Precision of the router's logits and softmax."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens travel to the ranks of their experts."""
+
+    def topk(self, experts: int) -> int:
+        """Experts a token takes, of so many; of ``sample_top1`` in all layers but the first."""
+        return {"top_k": self.moe_router_topk, "soft": experts}.get(self.moe_router_type, 1)
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """``moe_expert_capacity_factor``, or what the type has where that is null."""
+        if self.moe_expert_capacity_factor is None and self.moe_router_type == "switch":
+            return 1.5
+        return self.moe_expert_capacity_factor
 
 
 @dataclass

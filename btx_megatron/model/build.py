@@ -9,6 +9,7 @@ own local spec renames it all the same, ours does not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,11 +24,15 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from btx_megatron.model.freeze import freeze
 from btx_megatron.model.layers import LlamaModel, LocalBackend, RotaryAttention
-from btx_megatron.model.routers import Router
+from btx_megatron.model.routers import Router, SampleTop1Router, replace_quietly
 from btx_megatron.recipe import Layout, Moe, Recipe, Stage
 
 # what a build without Transformer Engine and apex cannot fuse
@@ -109,22 +114,29 @@ def _recompute(layout: Layout) -> dict[str, Any]:
 def _moe(moe: Moe, num_experts: int | None) -> dict[str, Any]:
     if num_experts is None:
         return {}
-    switch = moe.moe_router_load_balancing_type == "aux_loss"
+    balancing = moe.moe_router_load_balancing_type
+    # the paper's own loss is attached by our router, which Megatron need not know
+    megatrons = balancing != "btx"
     return {
         "num_moe_experts": num_experts,
-        "moe_router_topk": moe.moe_router_topk,
-        "moe_router_pre_softmax": moe.moe_router_pre_softmax,
-        # the paper's own loss is attached by our router, which Megatron need not know
-        "moe_router_load_balancing_type": "aux_loss" if switch else "none",
-        "moe_aux_loss_coeff": moe.moe_aux_loss_coeff if switch else 0.0,
+        "moe_router_topk": moe.topk(num_experts),
+        "moe_router_pre_softmax": moe.moe_router_pre_softmax or moe.topk(num_experts) == 1,
+        "moe_expert_capacity_factor": moe.capacity_factor,
+        "moe_router_load_balancing_type": balancing if megatrons else "none",
+        "moe_aux_loss_coeff": moe.moe_aux_loss_coeff if megatrons else 0.0,
         "moe_z_loss_coeff": moe.moe_z_loss_coeff,
         "moe_router_dtype": moe.moe_router_dtype,
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
     }
 
 
-def layer_spec(config: TransformerConfig, moe: Moe) -> ModuleSpec:
-    """One transformer layer: attention, and a feed-forward that is dense or a mixture of experts."""
+def layer_spec(
+    config: TransformerConfig, recipe: Recipe, layer: int = 0, groups: Sequence[int] | None = None
+) -> ModuleSpec:
+    """One transformer layer: attention, and a feed-forward that is dense or a mixture of experts.
+
+    ``layer`` counts from 0 over the whole model.
+    """
     backend = LocalBackend()
     mlp = get_mlp_module_spec_for_backend(
         backend, config.num_moe_experts, moe_grouped_gemm=False, use_te_activation_func=True
@@ -133,11 +145,9 @@ def layer_spec(config: TransformerConfig, moe: Moe) -> ModuleSpec:
     if config.num_moe_experts is None:
         keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     else:
-        mlp.keywords["submodules"].router = partial(
-            Router,
-            balancing=moe.moe_router_load_balancing_type,
-            balancing_coeff=moe.moe_aux_loss_coeff,
-        )
+        mlp.keywords["submodules"].router, soft = _router(recipe, layer, groups)
+        if soft:
+            mlp = partial(_soft, mlp)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -160,6 +170,26 @@ def layer_spec(config: TransformerConfig, moe: Moe) -> ModuleSpec:
             sharded_state_dict_keys_map=keys_map,
         ),
     )
+
+
+def _router(recipe: Recipe, layer: int, groups: Sequence[int] | None) -> tuple[Any, bool]:
+    """The layer's router, and whether it is soft where the others are not: the first of Sample Top-1."""
+    moe = recipe.moe
+    if moe.moe_router_type != "sample_top1":
+        return partial(Router, moe=moe, groups=groups), False
+    if layer == 0:
+        return partial(Router, moe=moe), True
+    return partial(SampleTop1Router, moe=moe, groups=groups, seed=recipe.moe.moe_router_seed), False
+
+
+def _soft(mlp: Any, config: TransformerConfig, **kwargs: Any) -> torch.nn.Module:
+    """A MoE layer in which every token takes all experts.
+
+    Megatron's dispatchers go by the config's number of experts a token: with another router alone they would
+    cut or pad the routes, silently.
+    """
+    everything = {"moe_router_topk": config.num_moe_experts, "moe_expert_capacity_factor": None}
+    return mlp(config=replace_quietly(config, **everything), **kwargs)  # type: ignore[no-any-return]
 
 
 def build_model(
@@ -186,8 +216,10 @@ def _build_chunk(
     recipe: Recipe, config: TransformerConfig, padded_vocab_size: int, number: int | None
 ) -> torch.nn.Module:
     layers = get_num_layers_to_build(config, number)
+    first = get_transformer_layer_offset(config, number)
+    groups = recipe.expert_groups if recipe.moe.moe_router_one_per_group else None
     spec = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(config, recipe.moe)] * layers,
+        layer_specs=[layer_spec(config, recipe, first + local, groups) for local in range(layers)],
         layer_norm=LocalBackend().layer_norm(rms_norm=True),
     )
     whole = {"ignore_virtual": number is None, "vp_stage": number}

@@ -6,7 +6,10 @@ A router gets neither the step nor the sample number from Megatron; the training
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from btx_megatron.model.balancing import soft_balancing_loss
+from btx_megatron.model.noise import gumbel_noise
+from btx_megatron.recipe import Moe
 
 
 @dataclass
@@ -36,37 +41,65 @@ batch_context = BatchContext()
 
 
 class Router(TopKRouter):
-    """Top-k router of the paper (section 3.2): g = SoftMax(TopK(W x)), with the paper's balancing.
+    """Top-k router of the paper (section 3.2), g = SoftMax(TopK(W x)), and with other settings its relatives.
 
-    Megatron computes the routes; this class adds the loss and counts the load.
+    Megatron computes the routes. Switch Top-1 is its top-1 with softmax over all and a capacity; Soft takes
+    all experts. This class adds what comes before (normalised logits, one expert a group), the paper's
+    balancing and a coefficient that each layer may have for itself, and counts the load.
     """
 
-    def __init__(self, *args: Any, balancing: str, balancing_coeff: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, moe: Moe, groups: Sequence[int] | None = None, **kwargs: Any) -> None:
+        """``groups``: the group of each expert, where a token may take one of each group only."""
         super().__init__(*args, **kwargs)
-        self.balancing = balancing
-        self.balancing_coeff = balancing_coeff
+        self._capacity_factor = self.config.moe_expert_capacity_factor
+        self.config = replace_quietly(self.config, moe_expert_capacity_factor=None)  # it is kept here
+        self.moe = moe
+        self.balancing_coeff = moe.moe_aux_loss_coeff
+        """alpha of this layer; training may move it (``moe_aux_loss_adaptive``)."""
+        self._groups = torch.tensor(groups) if groups is not None else None
         self.tokens_per_expert: Tensor
-        # a buffer, so that it moves to the GPU with the model; not saved
-        self.register_buffer(
-            "tokens_per_expert", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False
-        )
+        self.dropped_routes: Tensor
+        # buffers, so that they move to the GPU with the model; not saved
+        for name, size in (("tokens_per_expert", (self.num_experts,)), ("dropped_routes", ())):
+            self.register_buffer(name, torch.zeros(size, dtype=torch.int64), persistent=False)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [S, B, E] -> gates [T, E], routes [T, E] (bool)."""
-        gates_TE, routes_TE = super().routing(logits, padding_mask)
+        scale = self.moe.moe_router_logit_norm_scale
+        if scale is not None:
+            logits = normalized_logits(logits, scale)
+        if self._groups is not None:
+            logits = best_of_each_group(logits, self._groups)
+        gates_TE, routes_TE = self._route(logits)
+        if self._capacity_factor is not None:
+            capacity = math.ceil(self.topk * len(routes_TE) / self.num_experts * self._capacity_factor)
+            routes_TE = first_come(routes_TE, capacity)
+            gates_TE = gates_TE * routes_TE
         if not (is_checkpointing() and torch.is_grad_enabled()):  # not again when activations are recomputed
-            self.tokens_per_expert += self._counted(routes_TE.detach(), logits.shape[0]).sum(dim=0)
-        if self.balancing == "btx" and self.balancing_coeff > 0 and self.training and torch.is_grad_enabled():
+            counted_TE = self._counted(routes_TE.detach(), logits.shape[0])
+            self.tokens_per_expert += counted_TE.sum(dim=0)
+            if self._capacity_factor is not None:
+                wanted_TE = self._counted(torch.ones_like(routes_TE), logits.shape[0])
+                self.dropped_routes += wanted_TE[:, 0].sum() * self.topk - counted_TE.sum()
+        learning = self.training and torch.is_grad_enabled()
+        if self.moe.moe_router_load_balancing_type == "btx" and self.balancing_coeff > 0 and learning:
             gates_TE = self._attach_balancing(gates_TE, logits.view(-1, self.num_experts))
         return gates_TE, routes_TE
+
+    def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates and routes, with Megatron's own losses attached."""
+        return super().routing(logits)  # type: ignore[no-any-return]
+
+    def get_aux_loss_coeff(self, aux_loss_type: str) -> float:
+        """Megatron asks for the weight of its losses by their names."""
+        return self.balancing_coeff if aux_loss_type == self.routing_type else 0.0
 
     def _counted(self, routes_TE: Tensor, sequence: int) -> Tensor:
         """Routes [T, E] of the tokens that count; ``sequence`` is this rank's share of it."""
         if batch_context.loss_mask is None:
             return routes_TE
         mask_SB = batch_context.loss_mask.T
-        if sequence != len(mask_SB):  # sequence parallel: the TP ranks hold equal pieces, in order
-            mask_SB = mask_SB.split(sequence)[parallel_state.get_tensor_model_parallel_rank()]
+        mask_SB = mask_SB[first_position(sequence, len(mask_SB)) :][:sequence]
         return routes_TE * mask_SB.reshape(-1, 1).to(routes_TE)
 
     def _attach_balancing(self, gates_TE: Tensor, logits_TE: Tensor) -> Tensor:
@@ -83,22 +116,154 @@ class Router(TopKRouter):
         self.tokens_per_expert.zero_()
         return load
 
+    def take_drops(self) -> Tensor:
+        """Routes that were dropped over the capacity on this rank since the last call."""
+        drops = self.dropped_routes.clone()
+        self.dropped_routes.zero_()
+        return drops
+
+
+class SampleTop1Router(Router):
+    """Sample Top-1 (paper, appendix): the largest entry of a Gumbel-softmax sample alone is computed.
+
+    In training y = SoftMax((W x + G) / tau) with tau = max(tau_min, exp(-r t)) in step t; the expert of the
+    largest y is taken, and that y is its gate, which is the router's gradient path. In evaluation the expert
+    is sampled likewise (or, for serving, the most likely one taken), with gate 1.
+    """
+
+    def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._seed = seed
+        self._to_come: deque[tuple[int, Tensor]] = deque()
+        """Contexts of micro-batches whose activations will be recomputed, oldest first."""
+
+    def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        sequence, batch = logits.shape[:2]
+        logits_TE = self.apply_z_loss(logits.view(-1, self.num_experts)).float()
+        step, noise_TE = self._noise(sequence, batch, logits.device)
+        if self.training:
+            sample_TE = torch.softmax((logits_TE + noise_TE) / self._temperature(step), dim=-1)
+            taken_T1 = sample_TE.argmax(dim=-1, keepdim=True)
+            gates_TE = torch.zeros_like(sample_TE).scatter(1, taken_T1, sample_TE.gather(1, taken_T1))
+        else:
+            hard = self.moe.moe_router_inference == "argmax"
+            taken_T1 = (logits_TE if hard else logits_TE + noise_TE).argmax(dim=-1, keepdim=True)
+            gates_TE = torch.zeros_like(logits_TE).scatter(1, taken_T1, 1.0)
+        routes_TE = torch.zeros_like(gates_TE, dtype=torch.bool).scatter(1, taken_T1, True)
+        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
+            gates_TE = self._attach_megatrons(gates_TE, routes_TE, logits_TE, sequence, batch)
+        return gates_TE.to(logits.dtype), routes_TE
+
+    def _attach_megatrons(
+        self, gates_TE: Tensor, routes_TE: Tensor, logits_TE: Tensor, sequence: int, batch: int
+    ) -> Tensor:
+        """Megatron's balancing losses over the experts that were taken (its own routes are the top-k)."""
+        scores_TE = torch.softmax(logits_TE, dim=-1)
+        gates_TE = self._apply_aux_loss(gates_TE, scores_TE, routes_TE)
+        gates_TE = self._apply_seq_aux_loss(gates_TE, scores_TE, routes_TE, sequence, batch)
+        return self._apply_global_aux_loss(gates_TE, scores_TE, routes_TE)
+
+    def _temperature(self, step: int) -> float:
+        return max(
+            self.moe.moe_router_temperature_min, math.exp(-self.moe.moe_router_temperature_decay * step)
+        )
+
+    def _noise(self, sequence: int, batch: int, device: torch.device) -> tuple[int, Tensor]:
+        """The step, and Gumbel noise [T, E] of this rank's tokens."""
+        step, sample_B = self._context(batch)
+        length = len(batch_context.loss_mask.T) if batch_context.loss_mask is not None else sequence
+        first = first_position(sequence, length)
+        position_S = torch.arange(first, first + sequence, device=device)
+        assert self.layer_number is not None
+        noise = gumbel_noise(self._seed, step, self.layer_number, sample_B, position_S, self.num_experts)
+        return step, noise.view(-1, self.num_experts)
+
+    def _context(self, batch: int) -> tuple[int, Tensor]:
+        """Step and samples of the micro-batch at hand.
+
+        When activations are recomputed, in the backward pass, a pipeline may have begun later micro-batches;
+        but backward passes come in the order of the forward passes.
+        """
+        recomputing = is_checkpointing() and torch.is_grad_enabled()
+        if recomputing and self._to_come:
+            return self._to_come.popleft()
+        samples = batch_context.sample_index
+        context = (batch_context.step, samples if samples is not None else torch.arange(batch))
+        if is_checkpointing() and self.training:
+            self._to_come.append(context)
+        return context
+
+
+def normalized_logits(logits: Tensor, scale: float) -> Tensor:
+    """scale (z - mean z) / std z over the experts (Skywork-MoE, arXiv 2406.06563, gating logit normalization)."""
+    wide = logits.float()
+    deviation = wide.std(dim=-1, correction=0, keepdim=True).clamp_min(1e-6)
+    return ((wide - wide.mean(dim=-1, keepdim=True)) / deviation * scale).to(logits.dtype)
+
+
+def best_of_each_group(logits: Tensor, groups_E: Tensor) -> Tensor:
+    """Logits [..., E] with those of all experts but the best of their group so low that nobody takes them."""
+    lowest = torch.finfo(logits.dtype).min / 2
+    masked = torch.full_like(logits, lowest)
+    for group in groups_E.unique().tolist():
+        (members,) = (groups_E == group).nonzero(as_tuple=True)
+        members = members.to(logits.device)
+        best = members[logits[..., members].argmax(dim=-1, keepdim=True)]
+        masked = masked.scatter(-1, best, logits.gather(-1, best))
+    return masked
+
+
+def first_come(routes_TE: Tensor, capacity: int) -> Tensor:
+    """Routes without those beyond an expert's capacity: earlier tokens are served first (Switch, arXiv 2101.03961).
+
+    T are this rank's tokens, by position and then by sample. Megatron's policy ``position`` keeps ``torch.topk``
+    of the routes, which among equals prefers nobody.
+    """
+    return routes_TE & (routes_TE.cumsum(dim=0) <= capacity)
+
+
+def replace_quietly(config: Any, **changes: Any) -> Any:
+    """A copy of Megatron's config with other values, which are not checked again."""
+    other = copy.copy(config)
+    for key, value in changes.items():
+        setattr(other, key, value)
+    return other
+
+
+def first_position(sequence: int, length: int) -> int:
+    """Where this rank's share of ``sequence`` positions begins, of ``length`` in all.
+
+    With sequence parallelism the TP ranks hold equal pieces, in order.
+    """
+    return 0 if sequence == length else sequence * parallel_state.get_tensor_model_parallel_rank()
+
+
+_BALANCING_LOSSES = {
+    "load_balancing_loss": False,
+    "seq_load_balancing_loss": False,
+    "global_load_balancing_loss": True,
+}
+"""Megatron's names of the losses, and whether a value covers the micro-batches of all DP ranks."""
+
 
 def take_balancing_loss() -> float:
     """Balancing loss (without alpha) since the last call, summed over this rank's layers and micro-batches.
 
     Sums over ranks give what all TP ranks together hold: the paper's loss is whole on every TP rank and
-    counts on the first alone, Switch's comes in parts.
+    counts on the first alone, Megatron's come in parts. The global one is a loss of all DP ranks' tokens, of
+    which each holds its part: here it counts DP times, as if each had one of its own.
     """
-    tracker = get_moe_metrics_tracker()
-    entry = tracker.metrics.get("load_balancing_loss")
-    if entry is None:
-        return 0.0
-    whole = entry.reduce_group is None
-    counts = not whole or parallel_state.get_tensor_model_parallel_rank() == 0
-    value = float(entry.values.sum()) if counts else 0.0
+    tracker, total = get_moe_metrics_tracker(), 0.0
+    for name, of_all in _BALANCING_LOSSES.items():
+        entry = tracker.metrics.get(name)
+        if entry is None:
+            continue
+        whole = entry.reduce_group is None
+        if not whole or parallel_state.get_tensor_model_parallel_rank() == 0:
+            times = parallel_state.get_data_parallel_world_size() if of_all else 1
+            total += float(entry.values.sum()) * times
     tracker.clear()
-    return value
+    return total
 
 
 def routers_of(model: Iterable[torch.nn.Module]) -> dict[int, Router]:
