@@ -50,7 +50,7 @@ def parameter_counts(model: Model, vocab_size: int, num_experts: int, topk: int)
 def recipe_parameter_counts(recipe: Recipe) -> ParameterCounts:
     """The counts of the models that a recipe makes. Raises UserError as vocab_size does."""
     return parameter_counts(
-        recipe.model, vocab_size(recipe), len(recipe.expert_names), recipe.moe.moe_router_topk
+        recipe.model, vocab_size(recipe), len(recipe.expert_names), recipe.moe.topk(len(recipe.expert_names))
     )
 
 

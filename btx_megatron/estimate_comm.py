@@ -197,7 +197,7 @@ class _Rank:
         if self.setup.moe.moe_token_dispatcher_type == "allgather":
             self._allgather(times)
             return
-        routes = self.tokens * self.setup.moe.moe_router_topk
+        routes = self.tokens * self.setup.moe.topk(self.setup.num_experts or 1)
         self._book("ep", "all_to_all", routes * self.row, 4 * times)
         self._book("ep", "all_to_all", routes * _FLOAT, 2 * times)
         self._expert_tensor(routes, times)

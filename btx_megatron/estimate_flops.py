@@ -97,7 +97,7 @@ def training_flops_per_token(recipe: Recipe, stage: str, vocab_rows: int | None 
     if vocab_rows is None:
         vocab_rows = padded_vocab_size(vocab_size(recipe), recipe.model.make_vocab_size_divisible_by)
     experts = len(recipe.expert_names) if stage == "finetune" else None
-    forward = forward_flops(recipe.model, vocab_rows, experts, recipe.moe.moe_router_topk)
+    forward = forward_flops(recipe.model, vocab_rows, experts, recipe.moe.topk(len(recipe.expert_names)))
     return forward.training(recipe.stage(stage).training.freeze)
 
 

@@ -140,8 +140,8 @@ class Moe:
     """The mixture-of-experts layer and its balancing (paper, section 3.3)."""
 
     moe_router_type: Literal["top_k", "switch", "soft", "sample_top1"] = "top_k"
-    """top_k: each token takes its best ``moe_router_topk`` experts. switch: the best one, with softmax over all
-    and a capacity. soft: all of them, in training and evaluation. sample_top1: one that is sampled by a
+    """top_k: each token takes its best ``moe_router_topk`` experts. switch: the best one, with softmax over
+    all and a capacity. soft: all of them, in training and evaluation. sample_top1: one that is sampled by a
     Gumbel-softmax; the first layer is soft (paper, appendix)."""
     moe_router_topk: int = 2
     """Experts a token takes, with ``top_k``; the other types have their own number."""
@@ -149,8 +149,8 @@ class Moe:
     """With ``top_k``. False: softmax over the chosen k, the paper's SoftMax(TopK). True: softmax over all,
     then top-k."""
     moe_expert_capacity_factor: float | None = None
-    """An expert takes at most this multiple of its even share of a micro-batch's routes (of each rank's part of
-    it); later tokens are dropped there. Null: 1.5 with ``switch``, as in the paper, and no bound otherwise."""
+    """An expert takes at most this multiple of its even share of a micro-batch's routes (of each rank's part
+    of it); later tokens are dropped there. Null: 1.5 with ``switch``, as in the paper, else no bound."""
     moe_router_temperature_decay: float = 1e-4
     """r of ``sample_top1``: the temperature in step t is exp(-r t), and no less than the minimum."""
     moe_router_temperature_min: float = 0.5
@@ -186,6 +186,11 @@ class Moe:
     def topk(self, experts: int) -> int:
         """Experts a token takes, of so many; of ``sample_top1`` in all layers but the first."""
         return {"top_k": self.moe_router_topk, "soft": experts}.get(self.moe_router_type, 1)
+
+    def router_text(self, experts: int) -> str:
+        """``top-2``, ``switch top-1``, ``soft``, ``sample top-1``."""
+        name = {"top_k": "", "switch": "switch ", "sample_top1": "sample "}.get(self.moe_router_type)
+        return "soft" if name is None else f"{name}top-{self.topk(experts)}"
 
     @property
     def capacity_factor(self) -> float | None:
@@ -374,6 +379,11 @@ class Recipe:
     def expert_names(self) -> list[str]:
         """Experts of the MoE: router row i is expert i; the seed, where it joins, is last."""
         return self.domain_names + ([SEED] if self.mix.include_seed else [])
+
+    @property
+    def expert_groups(self) -> list[int]:
+        """The domain that each expert of the MoE comes from, by number."""
+        return list(range(len(self.expert_names)))
 
     @property
     def imported_stages(self) -> list[str]:

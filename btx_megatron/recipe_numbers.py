@@ -15,10 +15,10 @@ def at_least(key: str, values: object, least: int, names: Sequence[str]) -> Iter
 
 
 def positive(key: str, values: object, names: Sequence[str]) -> Iterator[str]:
-    """A problem for each of the named fields of ``values`` that is not a number above 0."""
+    """A problem for each of the named fields of ``values`` that is not a number above 0; None is none."""
     for name in names:
         value = getattr(values, name)
-        if not (math.isfinite(value) and value > 0):
+        if value is not None and not (math.isfinite(value) and value > 0):
             yield f"{key}.{name} {value}: must be above 0"
 
 

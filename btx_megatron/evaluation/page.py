@@ -106,7 +106,7 @@ def model_text(recipe: Recipe, parameters: dict[str, int]) -> str:
         f"A Llama-shaped model: {model.num_layers} layers, hidden size {model.hidden_size}, feed-forward "
         f"{model.ffn_hidden_size}, {model.num_attention_heads} heads, sequence length {model.seq_length}; "
         f"{parameters['dense']:,} parameters. The MoE has {len(recipe.expert_names)} experts "
-        f"({', '.join(recipe.expert_names)}), top-{moe.moe_router_topk} routing, balancing "
+        f"({', '.join(recipe.expert_names)}), {moe.router_text(len(recipe.expert_names))} routing, balancing "
         f"`{moe.moe_router_load_balancing_type}` with weight {moe.moe_aux_loss_coeff:g}; "
         f"{parameters['moe_total']:,} parameters, {parameters['moe_active']:,} of them active for a token. "
         "Counts are without vocabulary padding."

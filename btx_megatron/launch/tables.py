@@ -32,7 +32,8 @@ def plan_text(recipe: Recipe) -> str:
         ["MoE, total", f"{counts.moe_total:,}"],
         ["MoE, active", f"{counts.moe_active:,}"],
     ]
-    title = f"{recipe.name}: {len(recipe.expert_names)} experts, top-{recipe.moe.moe_router_topk}"
+    experts = len(recipe.expert_names)
+    title = f"{recipe.name}: {experts} experts, {recipe.moe.router_text(experts)}"
     title += f"; run folder {recipe.run_folder}"
     tables = [columns(rows, right=(3, 4, 5, 6)), compute_text(recipe), columns(parameters, right=(1,))]
     return "\n\n".join([title, *tables, *epochs_text(recipe)])

@@ -48,6 +48,8 @@ class Router(TopKRouter):
     balancing and a coefficient that each layer may have for itself, and counts the load.
     """
 
+    config: Any  # Megatron's TransformerConfig
+
     def __init__(self, *args: Any, moe: Moe, groups: Sequence[int] | None = None, **kwargs: Any) -> None:
         """``groups``: the group of each expert, where a token may take one of each group only."""
         super().__init__(*args, **kwargs)
@@ -58,9 +60,11 @@ class Router(TopKRouter):
         """alpha of this layer; training may move it (``moe_aux_loss_adaptive``)."""
         self._groups = torch.tensor(groups) if groups is not None else None
         self.tokens_per_expert: Tensor
+        self.step_load: Tensor
         self.dropped_routes: Tensor
         # buffers, so that they move to the GPU with the model; not saved
-        for name, size in (("tokens_per_expert", (self.num_experts,)), ("dropped_routes", ())):
+        experts = (self.num_experts,)
+        for name, size in (("tokens_per_expert", experts), ("step_load", experts), ("dropped_routes", ())):
             self.register_buffer(name, torch.zeros(size, dtype=torch.int64), persistent=False)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -77,7 +81,10 @@ class Router(TopKRouter):
             gates_TE = gates_TE * routes_TE
         if not (is_checkpointing() and torch.is_grad_enabled()):  # not again when activations are recomputed
             counted_TE = self._counted(routes_TE.detach(), logits.shape[0])
-            self.tokens_per_expert += counted_TE.sum(dim=0)
+            load_E = counted_TE.sum(dim=0)
+            self.tokens_per_expert += load_E
+            if self.training:
+                self.step_load += load_E
             if self._capacity_factor is not None:
                 wanted_TE = self._counted(torch.ones_like(routes_TE), logits.shape[0])
                 self.dropped_routes += wanted_TE[:, 0].sum() * self.topk - counted_TE.sum()
@@ -116,6 +123,12 @@ class Router(TopKRouter):
         self.tokens_per_expert.zero_()
         return load
 
+    def take_step_load(self) -> Tensor:
+        """As take_load, of training alone and with a count of its own."""
+        load = self.step_load.clone()
+        self.step_load.zero_()
+        return load
+
     def take_drops(self) -> Tensor:
         """Routes that were dropped over the capacity on this rank since the last call."""
         drops = self.dropped_routes.clone()
@@ -141,15 +154,11 @@ class SampleTop1Router(Router):
         sequence, batch = logits.shape[:2]
         logits_TE = self.apply_z_loss(logits.view(-1, self.num_experts)).float()
         step, noise_TE = self._noise(sequence, batch, logits.device)
-        if self.training:
-            sample_TE = torch.softmax((logits_TE + noise_TE) / self._temperature(step), dim=-1)
-            taken_T1 = sample_TE.argmax(dim=-1, keepdim=True)
-            gates_TE = torch.zeros_like(sample_TE).scatter(1, taken_T1, sample_TE.gather(1, taken_T1))
-        else:
-            hard = self.moe.moe_router_inference == "argmax"
-            taken_T1 = (logits_TE if hard else logits_TE + noise_TE).argmax(dim=-1, keepdim=True)
-            gates_TE = torch.zeros_like(logits_TE).scatter(1, taken_T1, 1.0)
-        routes_TE = torch.zeros_like(gates_TE, dtype=torch.bool).scatter(1, taken_T1, True)
+        if not self.training and self.moe.moe_router_inference == "argmax":
+            noise_TE = torch.zeros_like(noise_TE)
+        gates_TE, routes_TE = sampled_top1(logits_TE + noise_TE, self._temperature(step))
+        if not self.training:
+            gates_TE = routes_TE.to(gates_TE)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             gates_TE = self._attach_megatrons(gates_TE, routes_TE, logits_TE, sequence, batch)
         return gates_TE.to(logits.dtype), routes_TE
@@ -164,9 +173,8 @@ class SampleTop1Router(Router):
         return self._apply_global_aux_loss(gates_TE, scores_TE, routes_TE)
 
     def _temperature(self, step: int) -> float:
-        return max(
-            self.moe.moe_router_temperature_min, math.exp(-self.moe.moe_router_temperature_decay * step)
-        )
+        decay, least = self.moe.moe_router_temperature_decay, self.moe.moe_router_temperature_min
+        return max(least, math.exp(-decay * step))
 
     def _noise(self, sequence: int, batch: int, device: torch.device) -> tuple[int, Tensor]:
         """The step, and Gumbel noise [T, E] of this rank's tokens."""
@@ -194,8 +202,16 @@ class SampleTop1Router(Router):
         return context
 
 
+def sampled_top1(noisy_TE: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Gates and routes [T, E] of y = SoftMax(noisy / temperature), with its largest entry alone kept."""
+    sample_TE = torch.softmax(noisy_TE / temperature, dim=-1)
+    taken_T1 = sample_TE.argmax(dim=-1, keepdim=True)
+    routes_TE = torch.zeros_like(sample_TE, dtype=torch.bool).scatter(1, taken_T1, True)
+    return sample_TE * routes_TE, routes_TE
+
+
 def normalized_logits(logits: Tensor, scale: float) -> Tensor:
-    """scale (z - mean z) / std z over the experts (Skywork-MoE, arXiv 2406.06563, gating logit normalization)."""
+    """scale (z - mean z) / std z over the experts (gating logit normalization, Skywork-MoE, 2406.06563)."""
     wide = logits.float()
     deviation = wide.std(dim=-1, correction=0, keepdim=True).clamp_min(1e-6)
     return ((wide - wide.mean(dim=-1, keepdim=True)) / deviation * scale).to(logits.dtype)
@@ -214,10 +230,10 @@ def best_of_each_group(logits: Tensor, groups_E: Tensor) -> Tensor:
 
 
 def first_come(routes_TE: Tensor, capacity: int) -> Tensor:
-    """Routes without those beyond an expert's capacity: earlier tokens are served first (Switch, arXiv 2101.03961).
+    """Routes without those beyond an expert's capacity: earlier tokens are served first (Switch, 2101.03961).
 
-    T are this rank's tokens, by position and then by sample. Megatron's policy ``position`` keeps ``torch.topk``
-    of the routes, which among equals prefers nobody.
+    T are this rank's tokens, by position and then by sample. Megatron's policy ``position`` keeps the
+    ``torch.topk`` of the routes, which among equals prefers nobody.
     """
     return routes_TE & (routes_TE.cumsum(dim=0) <= capacity)
 

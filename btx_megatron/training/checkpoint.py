@@ -30,6 +30,7 @@ from btx_megatron.checkpoints.tracker import find_checkpoint, latest_checkpoint
 from btx_megatron.errors import UserError
 from btx_megatron.model.build import unwrap
 from btx_megatron.recipe import Layout
+from btx_megatron.training.adaptive import AdaptiveBalancing
 from btx_megatron.training.loss_watch import Skips
 from btx_megatron.training.optimizer import ready_for_loading, unshare_steps
 
@@ -49,6 +50,8 @@ class TrainingState:
     """Samples of the training order that have been used."""
     skips: Skips = field(default_factory=Skips)
     """Steps that were skipped."""
+    adaptive: AdaptiveBalancing | None = None
+    """Each layer's own weight of the balancing loss, where they have one."""
 
 
 def state_to_save(state: TrainingState) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -92,6 +95,9 @@ def _resume(path: Path, state: TrainingState) -> None:
         _restore_rng(loaded["rng_state"])
     state.iteration = loaded["iteration"]
     state.consumed_samples = loaded["consumed_samples"]
+    if state.adaptive:
+        state.adaptive.coefficients = loaded["balancing_coefficients"]
+        state.adaptive.apply(state.model)
     state.skips.total, state.skips.in_a_row = loaded["skips"]["total"], loaded["skips"]["in_a_row"]
 
 
@@ -183,6 +189,7 @@ def _state_dict(state: TrainingState, metadata: dict[str, Any], loading: bool = 
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,
         "skips": asdict(state.skips),
+        "balancing_coefficients": state.adaptive.coefficients if state.adaptive else None,
         "layout": asdict(state.layout),
     }
 

@@ -54,7 +54,9 @@ def _run_training(job: Job, heartbeat: Heartbeat) -> dict[str, Any]:
         padded_vocab_size=statistics["padded_vocab_size"],
         num_experts=len(job.recipe.expert_names) if job.stage == "finetune" else None,
     )
-    state = TrainingState(trainer.model, trainer.optimizer, trainer.scheduler, stage.layout)
+    state = TrainingState(
+        trainer.model, trainer.optimizer, trainer.scheduler, stage.layout, adaptive=trainer.adaptive
+    )
     if not resume(job.work_folder / "checkpoints", state) and job.load_from is not None:
         load_weights(job.load_from, trainer.model)
         trainer.optimizer.reload_model_params()  # the fp32 masters were made from the initial weights

@@ -30,6 +30,7 @@ from btx_megatron.model.build import build_model
 from btx_megatron.model.routers import batch_context, take_balancing_loss
 from btx_megatron.recipe import Recipe, Stage
 from btx_megatron.runtime.ranks import device
+from btx_megatron.training.adaptive import AdaptiveBalancing
 from btx_megatron.training.metrics import StepResult
 from btx_megatron.training.optimizer import build_optimizer, build_scheduler
 
@@ -53,8 +54,12 @@ class Trainer:
         self.scheduler: OptimizerParamScheduler = build_scheduler(
             self.optimizer, stage.training, stage.training.train_iters
         )
-        balancing = recipe.moe.moe_router_load_balancing_type != "none" and recipe.moe.moe_aux_loss_coeff > 0
+        moe = recipe.moe
+        balancing = moe.moe_router_load_balancing_type != "none" and moe.moe_aux_loss_coeff > 0
         self.balanced = num_experts is not None and balancing
+        self.adaptive: AdaptiveBalancing | None = None
+        if self.balanced and num_experts is not None and moe.moe_aux_loss_adaptive:
+            self.adaptive = AdaptiveBalancing(recipe.model.num_layers, num_experts, moe.moe_aux_loss_coeff)
         self._connect()
 
     @property
@@ -86,6 +91,8 @@ class Trainer:
             done, grad_norm, _ = self.optimizer.step()
         if done:  # as in Megatron, the schedule waits where a step is skipped
             self.scheduler.step(increment=self.stage.training.global_batch_size)
+        if self.adaptive:
+            self.adaptive.update(self.model, move=done)
         seconds = time.perf_counter() - started
         return StepResult(
             lm_loss=loss,

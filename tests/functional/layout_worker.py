@@ -172,7 +172,7 @@ class Run:
             num_experts=EXPERTS if moe else None,
         )
         t = self.trainer
-        self.state = TrainingState(t.model, t.optimizer, t.scheduler, layout)
+        self.state = TrainingState(t.model, t.optimizer, t.scheduler, layout, adaptive=t.adaptive)
         initial = folder / f"initial-{kind}"
         missing = not initial.exists()
         torch.distributed.barrier()  # all have looked before one of them makes it

@@ -1,0 +1,98 @@
+"""Train a tiny MoE with every kind of router and balancing under several layouts; losses go to a JSON file.
+
+torchrun --nproc-per-node 1 router_worker.py FOLDER      the reference, and the initial checkpoints
+torchrun --nproc-per-node 2 router_worker.py FOLDER      EP2, TP2+SP and others, from those checkpoints
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import layout_worker
+import torch
+from layout_worker import EP2, EXPERTS, FULL, PP2, TP2_SP, Run
+
+from btx_megatron.recipe import Layout, Moe
+from btx_megatron.runtime import ranks
+
+STEPS = 8
+FREE = 1.0 * EXPERTS  # of capacity: nothing is dropped
+MOES = {
+    "switch": Moe(moe_router_type="switch", moe_expert_capacity_factor=FREE),
+    "soft": Moe(moe_router_type="soft"),
+    "sample": Moe(moe_router_type="sample_top1", moe_router_temperature_decay=0.1),
+    "sample aux": Moe(moe_router_type="sample_top1", moe_router_load_balancing_type="aux_loss"),
+    "normalised": Moe(moe_router_logit_norm_scale=1.5),
+    "z-loss": Moe(moe_z_loss_coeff=0.01),
+    "sequence": Moe(moe_router_load_balancing_type="seq_aux_loss"),
+    "global": Moe(moe_router_load_balancing_type="global_aux_loss"),
+    "adaptive": Moe(moe_aux_loss_adaptive=True),
+}
+LAYOUTS = {"EP2": EP2, "TP2+SP": TP2_SP}
+RECOMPUTED = {
+    "kept": Layout(),
+    "full": FULL,
+    "PP2, full": replace(PP2, **{k: v for k, v in vars(FULL).items() if k.startswith("recompute")}),
+}
+DROPPING = Moe(moe_router_type="switch", moe_expert_capacity_factor=0.5)
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    """Sample Top-1 and adaptive balancing, interrupted half way and not."""
+    from btx_megatron.training.checkpoint import resume
+    from btx_megatron.training.saver import save
+
+    result = {}
+    for kind in ("sample", "adaptive"):
+        run = Run(kind, EP2, folder)
+        run.steps(STEPS // 2)
+        save(folder / f"half-{kind}", run.state, {}, keep=1)
+        whole = run.steps(STEPS // 2)
+        again = Run(kind, EP2, folder)
+        assert resume(folder / f"half-{kind}", again.state)
+        result[kind] = {"whole": whole, "resumed": again.steps(STEPS // 2)}
+    return result
+
+
+def dropped(folder: Path) -> dict[str, Any]:
+    """Routes that were taken and dropped in one step with half the room."""
+    from btx_megatron.model.routers import routers_of
+
+    run = Run("dropping", Layout(), folder)
+    run.steps(1)
+    routers = routers_of(run.trainer.model)
+    return {
+        "taken": [router.take_load().tolist() for router in routers.values()],
+        "dropped": [int(router.take_drops()) for router in routers.values()],
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    ranks.start_ranks()
+    world = torch.distributed.get_world_size()
+    layout_worker.MOES |= MOES | {"dropping": DROPPING}
+    layouts = {"1 process": Layout()} if world == 1 else LAYOUTS
+    result: dict[str, Any] = {
+        f"{kind} {name}": Run(kind, layout, folder).steps(STEPS)
+        for kind in MOES
+        for name, layout in layouts.items()
+    }
+    if world == 1:
+        result["dropping"] = dropped(folder)
+        for name in ("kept", "full"):
+            result[f"recomputed {name}"] = Run("sample", RECOMPUTED[name], folder).steps(STEPS)
+    else:
+        result["recomputed PP2"] = Run("sample", RECOMPUTED["PP2, full"], folder).steps(STEPS)
+        result["resumes"] = resumed(folder)
+    if torch.distributed.get_rank() == 0:
+        (folder / f"routers-{world}.json").write_text(json.dumps(result, indent=1))
+    ranks.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()
