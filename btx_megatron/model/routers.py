@@ -52,12 +52,12 @@ class Router(TopKRouter):
 
     def __init__(self, *args: Any, moe: Moe, groups: Sequence[int] | None = None, **kwargs: Any) -> None:
         """``groups``: the group of each expert, where a token may take one of each group only."""
+        self.balancing_coeff = moe.moe_aux_loss_coeff  # Megatron's __init__ asks for it
+        """alpha of this layer; training may move it (``moe_aux_loss_adaptive``)."""
         super().__init__(*args, **kwargs)
         self._capacity_factor = self.config.moe_expert_capacity_factor
         self.config = replace_quietly(self.config, moe_expert_capacity_factor=None)  # it is kept here
         self.moe = moe
-        self.balancing_coeff = moe.moe_aux_loss_coeff
-        """alpha of this layer; training may move it (``moe_aux_loss_adaptive``)."""
         self._groups = torch.tensor(groups) if groups is not None else None
         self.tokens_per_expert: Tensor
         self.step_load: Tensor
