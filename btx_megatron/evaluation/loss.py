@@ -54,7 +54,7 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
     progress = Progress(job.work_folder) if torch.distributed.get_rank() == 0 else None
     models: dict[int | None, Model] = {}
     losses: dict[str, dict[str, float]] = {}
-    routing: list[list[list[float]]] = []
+    routing: dict[str, Any] = {}
     for done, (row, made_by) in enumerate(rows.items()):
         if progress:
             progress.update("evaluating", done, len(rows), row)
@@ -64,16 +64,16 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
         model = models[experts]
         load_weights(job.run_folder / stage_folder(made_by) / CHECKPOINTS, model)
         take_routing_share(model, recipe.model.num_layers)
-        losses[row] = {}
+        losses[row], loads = {}, []
         for name in recipe.domain_names:
             losses[row][name] = held_out_loss(model, windows[name], stage, recipe.model.seq_length)
-            share = take_routing_share(model, recipe.model.num_layers)
-            if row == "btx":
-                routing.append(share)
+            loads.append(take_load(model, recipe.model.num_layers))
+        if row == "btx":
+            routing = _routing(job, stage, model, windows, torch.stack(loads))
     return {
         "held_out_loss": losses,
         "held_out_tokens": {name: int(sum(w[2].sum() for w in windows[name])) for name in windows},
-        "routing": {"share": routing, "domains": recipe.domain_names, "experts": recipe.expert_names},
+        "routing": routing,
     }
 
 
@@ -126,14 +126,53 @@ def take_routing_share(model: Model, num_layers: int) -> list[list[float]]:
 
     Counted over all ranks, and over the tokens that the loss counts.
     """
+    load = take_load(model, num_layers)
+    return shares(load).tolist() if load.numel() else []
+
+
+def take_load(model: Model, num_layers: int) -> torch.Tensor:
+    """[layers, experts] routes that each expert took since the last call, over all ranks; empty if dense."""
     from btx_megatron.model.routers import routers_of
 
     routers = routers_of(model)
-    if not routers:
-        return []
-    experts = next(iter(routers.values())).num_experts
+    experts = next(iter(routers.values())).num_experts if routers else 0
     load = torch.zeros(num_layers, experts, dtype=torch.float64, device=ranks.device())
     for layer, router in routers.items():
         load[layer] = router.take_load().double()
     torch.distributed.all_reduce(load)
-    return (load / load.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
+    return load
+
+
+def shares(load: torch.Tensor) -> torch.Tensor:
+    """Of the routes of each layer; the last dimension is the experts'."""
+    return load / load.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def _routing(
+    job: Job, stage: Stage, model: Model, windows: dict[str, Windows], load_DLE: torch.Tensor
+) -> dict[str, Any]:
+    """What the routes of the mixture tell, from its pass over all windows; and a second pass for the guesses.
+
+    ``share`` is [domains][layers][experts], the others are [layers].
+    """
+    from btx_megatron.evaluation.specialization import DomainGuesses, log_likelihoods, mutual_information
+
+    recipe = job.recipe
+    tokens = sum(float(window[2].sum()) for part in windows.values() for window in part)
+    fitted = []
+    for part in windows.values():
+        held_out_loss(model, part[::2], stage, recipe.model.seq_length)
+        fitted.append(take_load(model, recipe.model.num_layers))
+    guesses = DomainGuesses(log_likelihoods(torch.stack(fitted)))
+    for domain, part in enumerate(windows.values()):
+        with guesses.listen(model, domain):
+            held_out_loss(model, part[1::2] or part, stage, recipe.model.seq_length)
+    take_load(model, recipe.model.num_layers)
+    return {
+        "share": shares(load_DLE).tolist(),
+        "active_experts": (load_DLE.sum(dim=(0, 2)) / tokens).tolist(),
+        "mutual_information": mutual_information(load_DLE),
+        "balanced_accuracy": guesses.balanced_accuracy(),
+        "domains": recipe.domain_names,
+        "experts": recipe.expert_names,
+    }

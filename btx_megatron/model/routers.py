@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,8 @@ class Router(TopKRouter):
         self.config = replace_quietly(self.config, moe_expert_capacity_factor=None)  # it is kept here
         self.moe = moe
         self._groups = torch.tensor(groups) if groups is not None else None
+        self.listener: Callable[[Tensor], None] | None = None
+        """Hears the routes [T, E] of the tokens that count, in every forward pass."""
         self.tokens_per_expert: Tensor
         self.step_load: Tensor
         self.dropped_routes: Tensor
@@ -85,6 +87,8 @@ class Router(TopKRouter):
             self.tokens_per_expert += load_E
             if self.training:
                 self.step_load += load_E
+            if self.listener is not None:
+                self.listener(counted_TE)
             if self._capacity_factor is not None:
                 wanted_TE = self._counted(torch.ones_like(routes_TE), logits.shape[0])
                 self.dropped_routes += wanted_TE[:, 0].sum() * self.topk - counted_TE.sum()

@@ -85,13 +85,8 @@ def test_sample_top1_is_the_equation(routers: Any, temperature: float) -> None:
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=40), st.integers(0, 40))
-def test_earlier_tokens_are_served_first(routes: list[list[bool]], capacity: int) -> None:
-    from btx_megatron.runtime import cpu_backend
-
-    cpu_backend.install()
-    from btx_megatron.model.routers import first_come
-
-    kept = first_come(torch.tensor(routes), capacity)
+def test_earlier_tokens_are_served_first(routers: Any, routes: list[list[bool]], capacity: int) -> None:
+    kept = routers.first_come(torch.tensor(routes), capacity)
     for expert in range(3):
         wanted = [token for token, row in enumerate(routes) if row[expert]]
         assert kept[:, expert].nonzero().flatten().tolist() == wanted[:capacity]
