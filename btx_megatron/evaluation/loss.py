@@ -84,19 +84,24 @@ def _windows(job: Job, domain: str) -> Windows:
 
 def held_out_loss(model: Model, windows: Windows, stage: Stage, sequence: int) -> float:
     """Mean loss in nats a token over all windows, equal on all ranks; the model in any layout."""
-    from megatron.core import parallel_state
-
     from btx_megatron.training.trainer import evaluating, run_micro_batches, sum_over_ranks
+
+    batches, count = micro_batches_of(model, windows, stage)
+    with evaluating(model):
+        losses = run_micro_batches(model, batches, count, stage, sequence, forward_only=True)
+    loss, tokens = sum_over_ranks(losses)
+    return loss / tokens
+
+
+def micro_batches_of(model: Model, windows: Windows, stage: Stage) -> tuple[Iterator[dict[str, Any]], int]:
+    """This rank's micro-batches and their number, which is that of all ranks."""
+    from megatron.core import parallel_state
 
     size, dp = stage.training.micro_batch_size, parallel_state.get_data_parallel_world_size()
     count = _next_multiple(len(windows), size * dp) // (size * dp)
     if len(model) > 1:  # an interleaved pipeline takes micro-batches in groups
         count = _next_multiple(count, stage.layout.pipeline_model_parallel_size)
-    batches = _batches(windows, size, count, parallel_state.get_data_parallel_rank(), dp)
-    with evaluating(model):
-        losses = run_micro_batches(model, batches, count, stage, sequence, forward_only=True)
-    loss, tokens = sum_over_ranks(losses)
-    return loss / tokens
+    return _batches(windows, size, count, parallel_state.get_data_parallel_rank(), dp), count
 
 
 def _next_multiple(count: int, of: int) -> int:

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -149,6 +149,7 @@ def run_micro_batches(
     stage: Stage,
     seq_length: int,
     forward_only: bool = False,
+    step: Callable[[Iterator[Batch], torch.nn.Module], tuple[Tensor, Any]] | None = None,
 ) -> list[Tensor]:
     """``count`` micro-batches through the pipeline, and back; [loss sum, tokens] of each, where they are.
 
@@ -156,7 +157,7 @@ def run_micro_batches(
     """
     each = itertools.tee(batches, len(model))  # every chunk sees every micro-batch, at its own time
     losses: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=step or forward_step,
         data_iterator=_each_or_only(list(each)),
         model=list(model),
         num_microbatches=count,

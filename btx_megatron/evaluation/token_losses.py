@@ -1,0 +1,52 @@
+"""The loss of every single held-out token, for ensembles: they mix the experts' probabilities of a token.
+
+Shapes: W windows, S positions, B micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from btx_megatron.evaluation.loss import Model, Windows, micro_batches_of
+from btx_megatron.model.routers import batch_context
+from btx_megatron.recipe import Stage
+
+
+def token_losses(model: Model, windows: Windows, stage: Stage, sequence: int) -> np.ndarray:
+    """[W, S] fp32: -log p of each label in nats, equal on all ranks; the model in any layout. A collective."""
+    from btx_megatron.training.trainer import evaluating, forward_step, run_micro_batches
+
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def step(batches: Iterator[dict[str, Any]], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        output, sum_loss = forward_step(batches, chunk)
+        samples = batch_context.sample_index
+
+        def keep(losses_BS: Tensor) -> Any:
+            kept.append((samples, losses_BS.detach().float().cpu()))  # type: ignore[arg-type]
+            return sum_loss(losses_BS)
+
+        return output, keep
+
+    batches, count = micro_batches_of(model, windows, stage)
+    with evaluating(model):
+        run_micro_batches(model, batches, count, stage, sequence, forward_only=True, step=step)
+    return _gathered(kept, len(windows), sequence)
+
+
+def _gathered(kept: list[tuple[Tensor, Tensor]], windows: int, sequence: int) -> np.ndarray:
+    """What the last pipeline stages have, put in the windows' order; their TP ranks hold the same."""
+    everybodys: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everybodys, kept)
+    losses = np.full((windows, sequence), np.nan, dtype=np.float32)
+    for samples, losses_BS in (part for its in everybodys for part in its):
+        for number, row in zip(samples.tolist(), losses_BS.numpy(), strict=True):
+            if number < windows:  # the others fill up the last micro-batches
+                losses[number] = row
+    assert not np.isnan(losses).all(axis=1).any(), "a window was not evaluated"
+    return losses
