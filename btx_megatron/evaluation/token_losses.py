@@ -18,7 +18,7 @@ from btx_megatron.recipe import Stage
 
 
 def token_losses(model: Model, windows: Windows, stage: Stage, sequence: int) -> np.ndarray:
-    """[W, S] fp32: -log p of each label in nats, equal on all ranks; the model in any layout. A collective."""
+    """[W, S] fp32: -log p of each label in nats, equal on all ranks; any layout. A collective."""
     from btx_megatron.training.trainer import evaluating, forward_step, run_micro_batches
 
     kept: list[tuple[Tensor, Tensor]] = []
