@@ -15,7 +15,7 @@ FLOORS = [
     {"cli", "__main__"},
     {"launch"},
     {"pipeline"},
-    {"mixing", "evaluation"},
+    {"mixing", "evaluation", "ensembles"},
     {"training"},
     {"job"},
     {"checkpoints", "model", "data", "runtime"},

@@ -1,0 +1,1 @@
+"""Experts that stay apart and answer together: BTM, c-BTM, TiMoE."""
