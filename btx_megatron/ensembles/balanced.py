@@ -65,13 +65,14 @@ def balanced_assignment(cost_NK: Floats) -> Labels:
     labels = (cost_NK + _prices(cost_NK, size_K)).argmin(axis=1)
     move_KK, who_KK = np.full((clusters, clusters), np.inf), np.zeros((clusters, clusters), dtype=np.int64)
     changed = list(range(clusters))
+    rounding = 1e-12 * float(np.abs(cost_NK).max(initial=0.0))
     while True:
         for cluster in changed:
             _find_cheapest_moves(cost_NK, labels, cluster, move_KK, who_KK)
         surplus_K = np.bincount(labels, minlength=clusters) - size_K
         if not surplus_K.any():
             return labels
-        changed = _cheapest_chain(move_KK, surplus_K)
+        changed = _cheapest_chain(move_KK, surplus_K, rounding)
         for source, target in pairwise(changed):
             labels[who_KK[source, target]] = target
 
@@ -100,14 +101,13 @@ def _find_cheapest_moves(
     move_KK[cluster, cluster] = np.inf
 
 
-def _cheapest_chain(move_KK: Floats, surplus_K: Labels) -> list[int]:
-    """Clusters from one with too many to one with too few, by the cheapest moves (Bellman and Ford)."""
+def _cheapest_chain(move_KK: Floats, surplus_K: Labels, rounding: float) -> list[int]:
+    """Clusters from one with too many to one with too few, by the cheapest moves (Bellman and Ford).
+
+    A gain up to ``rounding`` is none: a circle of moves that cost nothing would else look worth a walk.
+    """
     distance = np.where(surplus_K > 0, 0.0, np.inf)
     before = np.full(len(surplus_K), -1)
-    finite = np.abs(move_KK[np.isfinite(move_KK)])
-    rounding = 1e-12 * float(
-        finite.max(initial=0.0)
-    )  # or a circle of moves that cost nothing would look cheap
     for _ in range(len(surplus_K)):
         through = distance[:, None] + move_KK
         best = through.argmin(axis=0)
@@ -119,4 +119,5 @@ def _cheapest_chain(move_KK: Floats, surplus_K: Labels) -> list[int]:
     chain = [int(np.where(surplus_K < 0, distance, np.inf).argmin())]
     while before[chain[0]] >= 0:
         chain.insert(0, int(before[chain[0]]))
+        assert len(chain) <= len(surplus_K), "the cheapest chain runs in a circle"
     return chain

@@ -28,7 +28,7 @@ from btx_megatron.errors import UserError
 
 TEMPERATURE = 0.1
 DIMENSIONS = 100
-FIT_DOCUMENTS = 4096
+FIT_DOCUMENTS = 16_384
 _DEALT_AT_ONCE = 4096
 
 

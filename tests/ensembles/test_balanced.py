@@ -43,10 +43,15 @@ def test_the_larger_clusters_are_those_that_most_points_like() -> None:
     assert np.bincount(balanced_assignment(cost)).tolist() == [2, 3, 2]
 
 
-@pytest.mark.parametrize("scale", [1e-9, 1e9])
-def test_costs_of_any_scale(scale: float) -> None:
-    cost = np.random.default_rng(0).uniform(size=(60, 4)) ** 3
-    assert np.array_equal(balanced_assignment(cost * scale), balanced_assignment(cost))
+@pytest.mark.parametrize(("scale", "offset"), [(1e-9, 0), (1e9, 0), (1e-9, 1), (1, -1e12)])
+def test_costs_of_any_size(scale: float, offset: float) -> None:
+    """An offset swallows digits of the differences: the cost is the least one to what is left of them."""
+    cost = offset + scale * np.random.default_rng(0).uniform(size=(60, 4)) ** 3
+    labels = balanced_assignment(cost)
+    extra = cost - cost[:, :1]  # exact: of numbers that near each other
+    assert np.bincount(labels).tolist() == [15] * 4
+    least = least_cost(extra, np.full(4, 15))
+    assert extra[np.arange(60), labels].sum() == pytest.approx(least, abs=60e-12 * abs(offset), rel=1e-9)
 
 
 def test_kmeans_finds_groups_of_equal_size() -> None:

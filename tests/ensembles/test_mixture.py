@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -91,6 +93,13 @@ def test_of_equal_weights_the_first_stay() -> None:
 def test_a_top_k_that_cannot_be(top_k: int) -> None:
     with pytest.raises(UserError, match=f"top_k {top_k}: of 3 experts"):
         keep_top(np.zeros((3, 1)), top_k)
+
+
+def test_the_room_needs_neither_torch_nor_megatron() -> None:
+    rooms = "clusters, cluster_files, similarity, posterior, time_windows"
+    found = "{'torch', 'megatron'} & set(sys.modules)"
+    program = f"import sys; from btx_megatron.ensembles import {rooms}; sys.exit(bool({found}))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_all_weights_0_are_loud() -> None:

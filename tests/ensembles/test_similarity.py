@@ -76,15 +76,14 @@ def test_weights_sum_to_1_over_at_most_top_k_experts(seed: int, top_k: int) -> N
     assert active_experts(log_w, mask) <= top_k
     cosines = EXPERTS.cosines(contexts.flat)
     if top_k == 3:
-        assert np.exp(log_w[:, :, ::3].reshape(3, -1).T) == pytest.approx(
-            cosines / cosines.sum(1, keepdims=True)
-        )
+        shares = cosines / cosines.sum(axis=1, keepdims=True)
+        assert np.exp(log_w[:, :, ::3].reshape(3, -1).T) == pytest.approx(shares)
 
 
 @given(SEEDS, st.integers(0, 11))
 @settings(max_examples=30)
 def test_no_label_moves_its_own_weights(seed: int, position: int) -> None:
-    """Every token from a position's label on is another one; the mixture up to there is the same to the bit."""
+    """Every token from a position's label on is another one; the mixture up to there is the same to a bit."""
     rng = np.random.default_rng(seed)
     stream = rng.integers(0, len(VOCABULARY), 13)
     changed = stream.copy()
