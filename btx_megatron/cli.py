@@ -10,7 +10,7 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -183,13 +183,13 @@ def report(run: RunOrRecipe) -> None:
 @app.command()
 def prepare(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Make the tokenizer and the token files."""
-    _run_alone(_load(recipe, overrides), ["prepare"])
+    _run_alone(recipe, overrides, "prepare")
 
 
 @app.command()
 def seed(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Train the seed model."""
-    _run_alone(_load(recipe, overrides), ["seed"])
+    _run_alone(recipe, overrides, "seed")
 
 
 @app.command()
@@ -199,11 +199,7 @@ def train(
     domain: Annotated[str | None, typer.Option(metavar="NAME", help="Its expert alone.")] = None,
 ) -> None:
     """Train the experts, each apart; or the one of --domain."""
-    loaded = _load(recipe, overrides)
-    if domain is not None and domain not in loaded.domain_names:
-        raise UserError(f"--domain {domain}: no such domain; the recipe has {', '.join(loaded.domain_names)}")
-    names = loaded.domain_names if domain is None else [domain]
-    _run_alone(loaded, [f"expert:{name}" for name in names])
+    _run_alone(recipe, overrides, "train", domain)
 
 
 @app.command()
@@ -282,7 +278,7 @@ def mix(
 
     option_checks.check_mix_options(_given(context), context.params)
     if recipe is not None:
-        _run_alone(_load(recipe, overrides), ["mix", "average"])
+        _run_alone(recipe, overrides, "mix")
         return
     if output is None or not (expert or moe):
         raise UserError("mix: give a RECIPE, or --expert NAME=PATH (once for each) and --output PATH")
@@ -340,22 +336,25 @@ def convert(
 @app.command()
 def finetune(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Train the mixture of experts."""
-    _run_alone(_load(recipe, overrides), ["finetune"])
+    _run_alone(recipe, overrides, "finetune")
 
 
 @app.command()
 def dense(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Train the baseline: the seed continued, without branching."""
-    loaded = _load(recipe, overrides)
-    if "dense" not in loaded.baselines:
-        raise UserError(f"{recipe}: baselines does not name 'dense'; add it to train that baseline")
-    _run_alone(loaded, ["dense"])
+    _run_alone(recipe, overrides, "dense")
+
+
+@app.command()
+def upcycle(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train sparse upcycling, the method or the baseline: copies of the seed as experts."""
+    _run_alone(recipe, overrides, "upcycle")
 
 
 @app.command()
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Measure the held-out loss of every model."""
-    _run_alone(_load(recipe, overrides), ["evaluate"])
+    _run_alone(recipe, overrides, "evaluate")
 
 
 def _given(context: typer.Context) -> set[str]:
@@ -380,19 +379,15 @@ def _run_recipe(run_or_recipe: Path) -> Recipe:
     return RunFolder(run_or_recipe).recipe() if run_or_recipe.is_dir() else _load(run_or_recipe, None)
 
 
-def _run_alone(recipe: Recipe, stages: Collection[str]) -> None:
+def _run_alone(path: Path, overrides: list[str] | None, command: str, domain: str | None = None) -> None:
     from btx_megatron.launch.local import run_stages
+    from btx_megatron.pipeline import stages_of_command
 
-    run_stages(recipe, stages)
+    recipe = _load(path, overrides)
+    run_stages(recipe, stages_of_command(recipe, command, domain))
 
 
 def _print_report(run_folder: Path) -> None:
-    import json
+    from btx_megatron.evaluation.report import print_report
 
-    from rich.console import Console
-
-    from btx_megatron.evaluation.report import rows_table
-
-    folder = run_folder / "report"
-    Console().print(rows_table(json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
-    print(f"report: {folder / 'report.md'}")
+    print_report(run_folder / "report")

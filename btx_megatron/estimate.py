@@ -6,7 +6,6 @@ out and can be compared with a Hugging Face model's.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from btx_megatron.errors import UserError
@@ -23,8 +22,12 @@ class ParameterCounts:
     moe_active: int
 
 
-def parameter_counts(model: Model, vocab_size: int, num_experts: int, topk: int) -> ParameterCounts:
-    """Count the weights of a Llama-shaped model and of the MoE made of ``num_experts`` of them.
+def parameter_counts(
+    model: Model, vocab_size: int, num_experts: int, topk: int, expert_width: int | None = None
+) -> ParameterCounts:
+    """Count the weights of a Llama-shaped model and of the MoE of ``num_experts`` experts.
+
+    ``expert_width``: of an expert's feed-forward; None: the model's.
 
     The router is one linear map hidden -> experts a layer, without bias (paper, section 3.2); all of it
     is active. Of the experts ``topk`` are.
@@ -38,20 +41,21 @@ def parameter_counts(model: Model, vocab_size: int, num_experts: int, topk: int)
     vocabulary_matrices = 2 if model.untie_embeddings_and_output_weights else 1
     shared = vocabulary_matrices * vocab_size * model.hidden_size + model.hidden_size  # + final norm
     shared += model.num_layers * (query_and_output + key_and_value + norms)
-    feed_forward = model.num_layers * 3 * model.hidden_size * model.ffn_hidden_size  # gate, up, down
+    a_unit = model.num_layers * 3 * model.hidden_size  # gate, up, down
+    expert = a_unit * (expert_width or model.ffn_hidden_size)
     router = model.num_layers * model.hidden_size * num_experts
     return ParameterCounts(
-        dense=shared + feed_forward,
-        moe_total=shared + num_experts * feed_forward + router,
-        moe_active=shared + topk * feed_forward + router,
+        dense=shared + a_unit * model.ffn_hidden_size,
+        moe_total=shared + num_experts * expert + router,
+        moe_active=shared + topk * expert + router,
     )
 
 
 def recipe_parameter_counts(recipe: Recipe) -> ParameterCounts:
     """The counts of the models that a recipe makes. Raises UserError as vocab_size does."""
-    return parameter_counts(
-        recipe.model, vocab_size(recipe), len(recipe.expert_names), recipe.moe.topk(len(recipe.expert_names))
-    )
+    experts = len(recipe.expert_names)
+    topk, width = recipe.moe.topk(experts), recipe.expert_ffn_hidden_size
+    return parameter_counts(recipe.model, vocab_size(recipe), experts, topk, width)
 
 
 def vocab_size(recipe: Recipe) -> int:
@@ -81,20 +85,18 @@ def padded_vocab_size(vocab_size: int, make_vocab_size_divisible_by: int) -> int
 
 
 def stage_tokens(recipe: Recipe, stage: str) -> int:
-    """Tokens that a training stage takes: steps x global batch size x sequence length.
+    """Tokens that a training stage takes: steps x global batch size x sequence length; 0 of an imported one.
 
-    ``train_iters`` must be known; for ``dense`` see dense_train_iters.
+    ``train_iters`` must be known; for a baseline see matching.matched_train_iters.
     """
-    if stage in recipe.imported_stages:
+    if recipe.stage(stage).pretrained_checkpoint is not None:
         return 0
     training = recipe.stage(stage).training
     if training.train_iters is None:
         raise ValueError(f"stages.{stage}.training.train_iters is not resolved")
-    return training.train_iters * training.global_batch_size * recipe.model.seq_length
+    return training.train_iters * step_tokens(recipe, stage)
 
 
-def dense_train_iters(recipe: Recipe) -> int:
-    """Steps of ``dense`` for as many tokens as all experts and the MoE stage together, rounded up."""
-    stages = [f"expert:{name}" for name in recipe.domain_names] + ["finetune"]
-    tokens = sum(stage_tokens(recipe, stage) for stage in stages)
-    return math.ceil(tokens / (recipe.stages.dense.training.global_batch_size * recipe.model.seq_length))
+def step_tokens(recipe: Recipe, stage: str) -> int:
+    """Tokens of one step of a training stage."""
+    return recipe.stage(stage).training.global_batch_size * recipe.model.seq_length

@@ -1,8 +1,8 @@
 """Floating-point operations of training, by closed formulas: what a stage costs, and what a step achieves.
 
 Counted are the *model's* matrix products, an addition and a multiplication as two. A token's forward pass,
-with L layers, h hidden, n heads and g key/value groups of width d, f feed-forward, k of E experts, sequence
-S, and a vocabulary V (padded: the rows that are computed with):
+with L layers, h hidden, n heads and g key/value groups of width d, f feed-forward (of one expert), k of E
+experts, sequence S, and a vocabulary V (padded: the rows that are computed with):
 
 | part | FLOPs |
 |---|---|
@@ -69,21 +69,29 @@ class ForwardFlops:
 
 
 def forward_flops(
-    model: Model, vocab_rows: int, num_experts: int | None = None, topk: int = 1, causal: bool = True
+    model: Model,
+    vocab_rows: int,
+    num_experts: int | None = None,
+    topk: int = 1,
+    causal: bool = True,
+    expert_width: int | None = None,
 ) -> ForwardFlops:
     """FLOPs of a token of a sequence of ``model.seq_length``; ``num_experts`` None: a dense model.
 
     ``vocab_rows``: the padded vocabulary. ``causal``: half of the square of scores is counted.
+    ``expert_width``: of an expert's feed-forward; None: the model's.
     """
     heads = model.num_attention_heads
     groups = model.num_query_groups or heads
     width = model.kv_channels or model.hidden_size // heads
     keys = model.seq_length / (2 if causal else 1)
-    active = 1 if num_experts is None else topk
+    width_of_all = model.ffn_hidden_size
+    if num_experts is not None:
+        width_of_all = topk * (expert_width or model.ffn_hidden_size)
     return ForwardFlops(
         projections=model.num_layers * 2 * model.hidden_size * width * (2 * heads + 2 * groups),
         attention=model.num_layers * 4 * heads * width * keys,
-        feed_forward=model.num_layers * active * 6 * model.hidden_size * model.ffn_hidden_size,
+        feed_forward=model.num_layers * 6 * model.hidden_size * width_of_all,
         router=model.num_layers * 2 * model.hidden_size * (num_experts or 0),
         logits=2 * model.hidden_size * vocab_rows,
     )
@@ -96,8 +104,9 @@ def training_flops_per_token(recipe: Recipe, stage: str, vocab_rows: int | None 
     """
     if vocab_rows is None:
         vocab_rows = padded_vocab_size(vocab_size(recipe), recipe.model.make_vocab_size_divisible_by)
-    experts = len(recipe.expert_names) if stage == "finetune" else None
-    forward = forward_flops(recipe.model, vocab_rows, experts, recipe.moe.topk(len(recipe.expert_names)))
+    experts = recipe.num_experts(stage)
+    topk, width = recipe.moe.topk(experts or 0), recipe.expert_ffn_hidden_size
+    forward = forward_flops(recipe.model, vocab_rows, experts, topk, expert_width=width)
     return forward.training(recipe.stage(stage).training.freeze)
 
 

@@ -23,7 +23,18 @@ PASSING_FILES = (JOB_FILE, PROGRESS_FILE, STOP_FILE, DURATION_FILE)
 LAUNCH_FILES = (*PASSING_FILES, LOG_FILE)
 """Files of a work folder that are not the stage's own."""
 
-_BRANCHES_FROM = {"expert": "seed", "dense": "seed", "finetune": "mix"}
+_BRANCHES_FROM = {
+    "expert": "seed",
+    "dense": "seed",
+    "finetune": "mix",
+    "sparse_upcycling_dm": "upcycle",
+    "sparse_upcycling_cm": "upcycle",
+}
+
+
+def branches_from(stage: str) -> str | None:
+    """The stage whose model a training stage goes on from; None: from scratch."""
+    return _BRANCHES_FROM.get(stage.partition(":")[0])
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class Job:
     @property
     def load_from(self) -> Path | None:
         """Checkpoint folder of the model that this stage goes on from; None: from scratch."""
-        source = _BRANCHES_FROM.get(self.stage.partition(":")[0])
+        source = branches_from(self.stage)
         return self.run_folder / source / CHECKPOINTS if source else None
 
 

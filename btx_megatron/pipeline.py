@@ -1,8 +1,12 @@
 """The paper's figure as code: which stages a run has, and which finished stages each one reads.
 
-    prepare -> seed -> experts, each apart -> mix     -> finetune -+
-                 |                         -> average -------------+-> evaluate -> report
-                 +-> dense (baseline) -----------------------------+
+    prepare -> seed -> experts, each apart -> mix     -> finetune ----+
+                 |                         -> average ----------------+-> evaluate -> report
+                 +-> dense (baseline) --------------------------------+
+                 +-> upcycle -> sparse_upcycling_dm, _cm (baselines) -+
+
+With another ``method`` a part of this: dense and sparse upcycling are the lines of those baselines alone;
+BTM, c-BTM and TiMoE leave out mix and finetune. methods says which stages there are.
 
 Stages meet on disk only, so that each may run anywhere, and a stage that is finished is never repeated.
 How stages are run is launch/'s; here is what depends on what, and what is left to do.
@@ -13,9 +17,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from btx_megatron import methods
 from btx_megatron.errors import UserError
-from btx_megatron.job import Task
-from btx_megatron.recipe import SEED, Recipe
+from btx_megatron.job import Task, branches_from
+from btx_megatron.recipe import MATCHED_STAGES, MEASURED_FROM_SEED, ROUTERS_FROM_TEXT, SEED, Recipe
 from btx_megatron.run_folder import RunFolder
 
 
@@ -35,26 +40,53 @@ class PipelineStage:
 
 def stages_of(recipe: Recipe) -> list[PipelineStage]:
     """All stages of a recipe, each after those that it reads."""
-    experts = [f"expert:{name}" for name in recipe.domain_names]
-    merged = tuple(experts) + ((SEED,) if recipe.mix.include_seed else ())
-    stages = [
-        PipelineStage("prepare", "prepare", ()),
-        _train(recipe, "seed", "prepare"),
-        *(_train(recipe, expert, "prepare", "seed") for expert in experts),
-        PipelineStage("mix", "mix", merged),
-        PipelineStage("average", "average", merged),
-        _train(recipe, "finetune", "prepare", "mix"),
-        *(_train(recipe, baseline, "prepare", "seed") for baseline in recipe.baselines),
-    ]
-    rows = tuple(stage.name for stage in stages)
-    evaluate = PipelineStage("evaluate", "evaluate", rows, recipe.evaluate.layout.world_size)
-    return [*stages, evaluate, PipelineStage("report", "report", (*rows, "evaluate"))]
+    names = methods.stage_names(recipe)
+    stages = [PipelineStage("prepare", "prepare", ()), *(_stage(recipe, name) for name in names[1:])]
+    evaluate = PipelineStage("evaluate", "evaluate", tuple(names), recipe.evaluate.layout.world_size)
+    return [*stages, evaluate, PipelineStage("report", "report", (*names, "evaluate"))]
 
 
-def _train(recipe: Recipe, name: str, *inputs: str) -> PipelineStage:
+def stages_of_command(recipe: Recipe, command: str, domain: str | None = None) -> list[str]:
+    """The stages that ``btx COMMAND RECIPE`` runs. Raises UserError where the recipe has none such.
+
+    ``domain``: of ``btx train``, the one expert that is meant.
+    """
+    if domain is not None and domain not in recipe.domain_names:
+        raise UserError(f"--domain {domain}: no such domain; the recipe has {', '.join(recipe.domain_names)}")
+    stages = stages_of(recipe)
+    chosen = {
+        "train": [f"expert:{domain}"] if domain is not None else recipe.expert_stages,
+        "mix": [stage.name for stage in stages if stage.task in ("mix", "average")],
+        "upcycle": methods.upcycling_stages(recipe),
+    }.get(command, [command])
+    known = [stage.name for stage in stages]
+    if command in MATCHED_STAGES and command not in known:
+        raise UserError(f"baselines does not name '{command}'; add it to train that baseline")
+    if not chosen or not set(chosen) <= set(known):
+        has = ", ".join(known)
+        raise UserError(f"method {recipe.method} has nothing to do for `btx {command}`; its stages are {has}")
+    return chosen
+
+
+def _stage(recipe: Recipe, name: str) -> PipelineStage:
+    if name in ("mix", "average"):
+        return PipelineStage(name, "mix" if name == "mix" else "average", _mixed_from(recipe, name))
+    if name == "upcycle":
+        return PipelineStage(name, "mix", (SEED,))
     if name in recipe.imported_stages:
         return PipelineStage(name, "import", ("prepare",))
+    source = branches_from(name)
+    inputs = ("prepare",) if source is None else ("prepare", source)
     return PipelineStage(name, "train", inputs, recipe.stage(name).layout.world_size)
+
+
+def _mixed_from(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """The models, the seed where the average is measured from it, and the data that a router is made from."""
+    mix = recipe.mix
+    base = mix.average in MEASURED_FROM_SEED and not (name == "average" and mix.average == "base")
+    seed = (SEED,) if mix.include_seed or base else ()
+    text = ("prepare",) if name == "mix" and mix.router_init in ROUTERS_FROM_TEXT else ()
+    return (*text, *recipe.expert_stages, *seed)
 
 
 def stages_to_run(
@@ -113,6 +145,8 @@ def command_of(stage: str) -> str:
     kind, _, domain = stage.partition(":")
     if kind == "expert":
         return f"train RECIPE --domain {domain}"
-    if kind == "average":
+    if kind in ("average", "upcycle"):
         return "mix RECIPE"
+    if kind.startswith("sparse_upcycling"):
+        return "upcycle RECIPE"
     return "report RUN" if kind == "report" else f"{kind} RECIPE"

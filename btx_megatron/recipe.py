@@ -12,8 +12,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from btx_megatron.recipe_layout import Layout as Layout
+from btx_megatron.recipe_mix import MEASURED_FROM_SEED as MEASURED_FROM_SEED
+from btx_megatron.recipe_mix import ROUTERS_FROM_TEXT as ROUTERS_FROM_TEXT
+from btx_megatron.recipe_mix import Mix as Mix
+from btx_megatron.recipe_training import Training as Training
 
 SEED = "seed"  # the name of the seed model's expert; no domain may have it
+MOE_STAGES = ("mix", "finetune", "upcycle", "sparse_upcycling_dm", "sparse_upcycling_cm")
+"""Stages whose model is a mixture of experts."""
+MATCHED_STAGES = ("dense", "sparse_upcycling_dm", "sparse_upcycling_cm")
+"""Stages that train as long as btx does, if the recipe does not say how long."""
 
 
 @dataclass
@@ -201,94 +209,11 @@ class Moe:
 
 
 @dataclass
-class Mix:
-    """N dense experts become one MoE (paper, section 3.2)."""
-
-    average: Literal["mean"] = "mean"
-    """How all weights but the experts' are merged: the equal-weight mean, in fp32, rounded once."""
-    include_seed: bool = True
-    """The seed joins as one more expert, the generalist, and takes part in the mean."""
-    router_init: Literal["normal"] = "normal"
-    """normal: N(0, router_std), drawn per layer from ``random_seed``."""
-    router_std: float = 0.02
-    """Standard deviation of the new router. Small, so that training, not chance, decides the routes:
-    after an RMSNorm the logits' spread is about router_std * sqrt(hidden_size)."""
-    random_seed: int = 1234
-    """Seed of the router's initialisation."""
-
-
-@dataclass
-class Training:
-    """The optimizer and its schedule. Defaults are the paper's (section 4.1), where it states them."""
-
-    train_iters: int | None = None
-    """Steps. Null is allowed for ``stages.dense`` alone: as many tokens as all experts and the
-    MoE stage together (rounded up to a step)."""
-    micro_batch_size: int = 1
-    """Samples a rank takes at once."""
-    global_batch_size: int = 8
-    """Samples a step, over all ranks."""
-    optimizer: Literal["adam"] = "adam"
-    """AdamW (Megatron calls it adam)."""
-    lr: float = 1e-4
-    """Peak learning rate."""
-    min_lr: float | None = None
-    """Learning rate at the end of the schedule; null is a tenth of the peak."""
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the schedule after warm-up."""
-    lr_warmup_iters: int = 100
-    """Steps of linear warm-up; the first step has learning rate 0, as in Megatron."""
-    weight_decay: float = 0.1
-    """AdamW's decay, on matrices (the router's too); norms and biases are left out."""
-    adam_beta1: float = 0.9
-    """AdamW's first beta."""
-    adam_beta2: float = 0.95
-    """AdamW's second beta."""
-    adam_eps: float = 1e-5
-    """AdamW's epsilon."""
-    clip_grad: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 switches it off."""
-    freeze: list[Literal["experts", "router", "shared"]] = field(default_factory=list)
-    """Weights that keep their values: the experts' feed-forwards, the routers, or everything else (attention,
-    norms, embeddings, output head). They get no gradient and no optimizer state. For stages.finetune; an
-    expert may freeze ``shared``, which leaves its feed-forwards to train."""
-    bf16: bool = False
-    """Compute in bfloat16, with fp32 master weights and fp32 gradient reduction."""
-    seed: int = 1234
-    """Random seed of initialisation, data order and dropout."""
-    save_interval: int = 100
-    """Steps between checkpoints; the last step is always saved."""
-    save_total_limit: int = 1
-    """How many checkpoints of a stage to keep: the latest ones."""
-    save_retain_interval: int | None = None
-    """Checkpoints whose step is a multiple of this are kept as well; null: none."""
-    async_save: bool = True
-    """Training goes on while a checkpoint is written; false: it waits for the disk."""
-    max_consecutive_skipped_steps: int = 10
-    """A step whose loss or gradient is not finite is skipped: no weight moves. After more than so many
-    in a row the stage stops; 0 stops at the first."""
-    loss_spike_factor: float = 2.0
-    """A loss above this multiple of the median of the last 100 steps is told in the log."""
-    distributed_timeout_minutes: float = 10.0
-    """A stage that ends no step and no save for so long hangs: it is ended, and the rank to blame named."""
-    log_interval: int = 10
-    """Steps between log lines, and between readings of memory and expert load (one small collective)."""
-    tensorboard: bool = True
-    """Curves for TensorBoard, in the stage's folder: ``tensorboard --logdir RUN_FOLDER`` shows all stages."""
-    wandb_project: str | None = None
-    """The Weights & Biases project that gets the curves too; null: none. Needs the extra ``wandb``, and a
-    login or WANDB_MODE=offline; WANDB_ENTITY names a team."""
-    log_communication: bool = False
-    """Count what the ranks send each other: bytes and calls of each collective and process group, inside and
-    between nodes. comm.json beside losses.jsonl, and a table at the end of the stage's log."""
-
-
-@dataclass
 class Stage:
     """One training stage."""
 
     training: Training = field(default_factory=Training)
-    """Overrides of the top-level ``training`` (all of it is inherited, but for ``dense``'s train_iters)."""
+    """Overrides of the top-level ``training`` (all of it is inherited, but for a baseline's train_iters)."""
     layout: Layout = field(default_factory=Layout)
     """Overrides of the top-level ``layout``."""
     blend: dict[str, float] = field(default_factory=dict)
@@ -311,6 +236,10 @@ class Stages:
     """The MoE stage."""
     dense: Stage = field(default_factory=Stage)
     """The baseline ``dense``: the seed continued on the MoE stage's blend (unless it has its own)."""
+    sparse_upcycling_dm: Stage = field(default_factory=Stage)
+    """Sparse upcycling, data-matched: copies of the seed as experts, trained on the MoE stage's blend."""
+    sparse_upcycling_cm: Stage = field(default_factory=Stage)
+    """Sparse upcycling, compute-matched."""
 
 
 @dataclass
@@ -363,7 +292,16 @@ class Recipe:
     """Defaults of every stage's ``layout``."""
     stages: Stages = field(default_factory=Stages)
     """The training stages."""
-    baselines: list[Literal["dense"]] = field(default_factory=lambda: ["dense"])
+    method: Literal["btx", "sparse_upcycling", "dense", "btm", "cbtm", "timoe"] = "btx"
+    """What is made of the seed. btx: experts, mixed and finetuned. sparse_upcycling: a MoE of copies of the
+    seed, trained on all domains; it has the shape that ``mix`` gives btx. dense: the seed, trained on. btm,
+    cbtm, timoe: experts that are not mixed. The stages of btx say what the baselines are matched to."""
+    upcycling_match: Literal["data", "compute"] = "data"
+    """What ``method: sparse_upcycling`` takes as much of as btx would: tokens (``sparse_upcycling_dm``) or
+    training FLOPs (``sparse_upcycling_cm``)."""
+    baselines: list[Literal["dense", "sparse_upcycling_dm", "sparse_upcycling_cm"]] = field(
+        default_factory=lambda: ["dense"]
+    )
     """Baselines to train beside the method."""
     evaluate: Evaluate = field(default_factory=Evaluate)
     """The evaluation."""
@@ -376,9 +314,40 @@ class Recipe:
         return [domain.name for domain in self.data.domains]
 
     @property
+    def source_names(self) -> list[str]:
+        """The models that are mixed: one a domain, then the seed, where it joins.
+
+        Sparse upcycling puts the seed in the place of each: seed.0, seed.1, ...
+        """
+        names = self.domain_names + ([SEED] if self.mix.include_seed else [])
+        if self.method == "sparse_upcycling":
+            return [f"{SEED}.{number}" for number in range(len(names))]
+        return names
+
+    @property
     def expert_names(self) -> list[str]:
-        """Experts of the MoE: router row i is expert i; the seed, where it joins, is last."""
-        return self.domain_names + ([SEED] if self.mix.include_seed else [])
+        """Experts of the MoE: router row i is expert i."""
+        return self.mix.expert_names(self.source_names)
+
+    @property
+    def expert_groups(self) -> list[int]:
+        """The domain that each expert of the MoE comes from, by number; [] with blend: from all of them."""
+        return self.mix.expert_groups(len(self.source_names))
+
+    @property
+    def expert_ffn_hidden_size(self) -> int:
+        """Feed-forward width of one expert of the MoE."""
+        return self.mix.expert_width(self.model.ffn_hidden_size)
+
+    def num_experts(self, stage: str) -> int | None:
+        """Experts of a stage's model; None: it is dense."""
+        return len(self.expert_names) if stage in MOE_STAGES else None
+
+    @property
+    def expert_stages(self) -> list[str]:
+        """The stages that train an expert apart, with the methods that have such."""
+        apart = self.method not in ("sparse_upcycling", "dense")
+        return [f"expert:{name}" for name in self.domain_names] if apart else []
 
     @property
     def expert_groups(self) -> list[int]:
@@ -388,10 +357,11 @@ class Recipe:
     @property
     def imported_stages(self) -> list[str]:
         """Stages whose model is a checkpoint that the recipe names; they do not train."""
-        names = [SEED, *(f"expert:{name}" for name in self.domain_names)]
-        return [name for name in names if self.stage(name).pretrained_checkpoint is not None]
+        return [
+            name for name in (SEED, *self.expert_stages) if self.stage(name).pretrained_checkpoint is not None
+        ]
 
     def stage(self, name: str) -> Stage:
-        """The stage ``seed``, ``finetune``, ``dense`` or ``expert:DOMAIN``."""
+        """The stage ``seed``, ``finetune``, a baseline or ``expert:DOMAIN``."""
         kind, _, domain = name.partition(":")
         return self.stages.experts[domain] if kind == "expert" else getattr(self.stages, kind)

@@ -13,9 +13,11 @@ import re
 from collections.abc import Iterator, Sequence
 
 from btx_megatron.errors import UserError
-from btx_megatron.estimate import dense_train_iters
-from btx_megatron.recipe import SEED, Data, Model, Moe, Recipe, Source, Stage, Training
+from btx_megatron.matching import matched_train_iters, reference_stages, unresolved_stages
+from btx_megatron.methods import has_moe, training_stages
+from btx_megatron.recipe import MATCHED_STAGES, SEED, Data, Model, Moe, Recipe, Source, Stage, Training
 from btx_megatron.recipe_layout_checks import dense_layout_problems, layout_problems
+from btx_megatron.recipe_mix_checks import mix_problems
 from btx_megatron.recipe_numbers import at_least, divisors, positive
 
 RESERVED_NAMES = (SEED, "mean")
@@ -34,13 +36,13 @@ def check_recipe(recipe: Recipe, where: str) -> None:
 
 
 def resolve_train_iters(recipe: Recipe) -> None:
-    """Fill ``stages.dense.training.train_iters: null``: as many tokens as all experts and the MoE stage.
+    """Fill ``train_iters: null`` of the baselines that are trained: as much as btx takes.
 
     Must run after check_recipe, which leaves the stage of a baseline that is not asked for unchecked.
-    See estimate.dense_train_iters.
+    See matching.matched_train_iters.
     """
-    if "dense" in recipe.baselines and recipe.stages.dense.training.train_iters is None:
-        recipe.stages.dense.training.train_iters = dense_train_iters(recipe)
+    for stage in unresolved_stages(recipe):
+        recipe.stage(stage).training.train_iters = matched_train_iters(recipe, stage)
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
@@ -49,7 +51,9 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _data_problems(recipe.data)
     yield from _tokenizer_problems(recipe)
     yield from _model_problems(recipe.model)
-    yield from _moe_problems(recipe)
+    yield from mix_problems(recipe)
+    if has_moe(recipe):
+        yield from _moe_problems(recipe)
     for name in recipe.stages.experts:
         if name not in recipe.domain_names:
             yield (
@@ -57,7 +61,10 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             )
     for name in sorted({name for name in recipe.baselines if recipe.baselines.count(name) > 1}):
         yield f"baselines: '{name}' is given {recipe.baselines.count(name)} times; once is enough"
+    if recipe.upcycling_match != "data" and recipe.method != "sparse_upcycling":
+        yield "upcycling_match is for method sparse_upcycling; put sparse_upcycling_cm under baselines"
     yield from _import_problems(recipe)
+    yield from _reference_problems(recipe)
     for stage in training_stages(recipe):
         yield from _stage_problems(recipe, stage)
         if recipe.stage(stage).training.bf16 != recipe.training.bf16:
@@ -69,13 +76,6 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from at_least("launch", recipe.launch, 0, ("max_parallel_experts", "threads_per_rank"))
     if recipe.launch.peak_tflops is not None:
         yield from positive("launch", recipe.launch, ("peak_tflops",))
-
-
-def training_stages(recipe: Recipe) -> list[str]:
-    """The stages that train, in the pipeline's order; imported ones do not."""
-    experts = [f"expert:{name}" for name in recipe.domain_names]
-    stages = ["seed", *experts, "finetune", *recipe.baselines]
-    return [stage for stage in stages if stage not in recipe.imported_stages]
 
 
 # data, tokenizer
@@ -198,7 +198,7 @@ def _moe_problems(recipe: Recipe) -> Iterator[str]:
             "survivor is always 1, so the router gets no gradient; set moe_router_type: switch or "
             "sample_top1, or moe_router_topk >= 2"
         )
-    yield from _router_option_problems(moe, experts)
+    yield from _router_option_problems(recipe)
     yield from at_least("moe", moe, 0, ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_seed"))
     yield from positive("moe", moe, ("moe_expert_capacity_factor", "moe_router_logit_norm_scale"))
     yield from positive("mix", recipe.mix, ("router_std",))
@@ -213,9 +213,10 @@ _OF_SAMPLING = (
 )
 
 
-def _router_option_problems(moe: Moe, experts: int) -> Iterator[str]:
+def _router_option_problems(recipe: Recipe) -> Iterator[str]:
     """Keys that the router's type does not know would change nothing."""
-    kind, default = moe.moe_router_type, Moe()
+    moe, default = recipe.moe, Moe()
+    kind = moe.moe_router_type
     known = {"top_k": ("moe_router_topk", "moe_router_pre_softmax"), "sample_top1": _OF_SAMPLING}
     for owner, keys in known.items():
         for key in keys:
@@ -225,16 +226,27 @@ def _router_option_problems(moe: Moe, experts: int) -> Iterator[str]:
         yield "moe.moe_expert_capacity_factor: a soft router gives every token to every expert; leave it out"
     yield from at_least("moe", moe, 0, ("moe_router_temperature_decay",))
     yield from positive("moe", moe, ("moe_router_temperature_min",))
+    if moe.moe_router_one_per_group:
+        yield from _group_problems(recipe)
     balancing = moe.moe_router_load_balancing_type
     if moe.moe_aux_loss_adaptive and (balancing == "none" or moe.moe_aux_loss_coeff == 0):
         yield "moe.moe_aux_loss_adaptive: there is no balancing loss to weigh; leave it out"
+
+
+def _group_problems(recipe: Recipe) -> Iterator[str]:
+    key, groups = "moe.moe_router_one_per_group", recipe.expert_groups
+    if len(set(groups)) == len(groups):
+        yield f"{key}: no domain has several experts (mix.experts {recipe.mix.experts}); leave it out"
+    topk = recipe.moe.topk(len(groups))
+    if topk > len(set(groups)):
+        yield f"{key}: a token takes {topk} experts, but there are {len(set(groups))} domains; lower one"
 
 
 # stages
 
 
 def _import_problems(recipe: Recipe) -> Iterator[str]:
-    for name in ("finetune", "dense"):
+    for name in ("finetune", *MATCHED_STAGES):
         if recipe.stage(name).pretrained_checkpoint is not None:
             yield (
                 f"stages.{name}.pretrained_checkpoint: only stages.seed and stages.experts are imported; "
@@ -247,6 +259,21 @@ def _import_problems(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _reference_problems(recipe: Recipe) -> Iterator[str]:
+    """A baseline is matched to the stages of btx, which the recipe's method may not have."""
+    for baseline in unresolved_stages(recipe):
+        for name in reference_stages(recipe):
+            stage, key = recipe.stage(name), stage_key(name)
+            if name in training_stages(recipe) or stage.pretrained_checkpoint is not None:
+                continue
+            yield from at_least(f"{key}.training", stage.training, 1, ("train_iters", "global_batch_size"))
+            if stage.training.train_iters is None:
+                yield (
+                    f"{key}.training.train_iters is missing; {baseline} trains as long as btx would: "
+                    f"give it, or {stage_key(baseline)}.training.train_iters"
+                )
+
+
 def stage_key(stage: str) -> str:
     """Where a stage stands in the recipe: ``expert:math`` is ``stages.experts.math``."""
     kind, _, domain = stage.partition(":")
@@ -254,12 +281,12 @@ def stage_key(stage: str) -> str:
 
 
 def _stage_problems(recipe: Recipe, name: str) -> Iterator[str]:
-    stage, key, is_moe = recipe.stage(name), stage_key(name), name == "finetune"
+    stage, key, is_moe = recipe.stage(name), stage_key(name), recipe.num_experts(name) is not None
     yield from layout_problems(f"{key}.layout", stage.layout, recipe, is_moe)
     if not is_moe:
         yield from dense_layout_problems(f"{key}.layout", stage.layout)
     yield from _training_problems(f"{key}.training", stage.training)
-    yield from _freeze_problems(f"{key}.training.freeze", name, stage.training.freeze)
+    yield from _freeze_problems(f"{key}.training.freeze", name, stage.training.freeze, is_moe)
     yield from _schedule_problems(f"{key}.training", stage.training, _train_iters(recipe, name))
     per_step = stage.training.micro_batch_size * stage.layout.data_parallel_size
     if stage.training.global_batch_size % per_step:
@@ -277,7 +304,8 @@ def _stage_problems(recipe: Recipe, name: str) -> Iterator[str]:
 
 def _train_iters(recipe: Recipe, stage: str) -> int | None:
     iters = recipe.stage(stage).training.train_iters
-    return dense_train_iters(recipe) if iters is None and stage == "dense" else iters
+    matched = iters is None and stage in MATCHED_STAGES
+    return matched_train_iters(recipe, stage) if matched else iters
 
 
 def _training_problems(key: str, training: Training) -> Iterator[str]:
@@ -306,16 +334,16 @@ def _micro_batch_problems(key: str, stage: Stage) -> Iterator[str]:
         )
 
 
-def _freeze_problems(key: str, stage: str, frozen: Sequence[str]) -> Iterator[str]:
+def _freeze_problems(key: str, stage: str, frozen: Sequence[str], is_moe: bool) -> Iterator[str]:
     for part in sorted({part for part in frozen if list(frozen).count(part) > 1}):
         yield f"{key}: '{part}' is given {list(frozen).count(part)} times; once is enough"
     if len(set(frozen)) == 3:
         yield f"{key} [{', '.join(frozen)}]: nothing would be left to train; leave one out"
     if stage == "seed" and frozen:
         yield f"{key} [{', '.join(frozen)}]: the seed is trained from random weights, none of which can stay"
-    if stage != "finetune" and "router" in frozen:
+    if not is_moe and "router" in frozen:
         yield f"{key}: this stage trains a dense model, which has no router; set it under stages.finetune"
-    if stage != "finetune" and "experts" in frozen:
+    if not is_moe and "experts" in frozen:
         yield (
             f"{key}: this stage trains a dense model, whose feed-forwards are what becomes an expert; "
             "freeze experts under stages.finetune alone"
@@ -336,4 +364,4 @@ def _schedule_problems(key: str, training: Training, iters: int | None) -> Itera
 
 def _evaluate_problems(recipe: Recipe) -> Iterator[str]:
     yield from at_least("evaluate", recipe.evaluate, 1, ("micro_batch_size",))
-    yield from layout_problems("evaluate.layout", recipe.evaluate.layout, recipe, is_moe=True)
+    yield from layout_problems("evaluate.layout", recipe.evaluate.layout, recipe, has_moe(recipe))

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from btx_megatron.errors import UserError
-from btx_megatron.recipe import Recipe
+from btx_megatron.recipe import MATCHED_STAGES, Recipe
 from btx_megatron.recipe_checks import check_recipe, resolve_train_iters
 
 
@@ -79,7 +79,7 @@ def parse_recipe(tree: DictConfig | dict[str, Any], where: str = "recipe") -> Re
         inherited = {key: tree[key] for key in ("training", "layout") if tree.get(key)}
         names = [domain.name for domain in typed.data.domains]
         stages = dict.fromkeys(("seed", "finetune"), inherited)
-        stages["dense"] = _without_train_iters(inherited)
+        stages |= dict.fromkeys(MATCHED_STAGES, _without_train_iters(inherited))
         stages["experts"] = dict.fromkeys(names, inherited)
         evaluate = {key: value for key, value in inherited.items() if key == "layout"}
         defaults = OmegaConf.create({"stages": stages, "evaluate": evaluate})
@@ -94,7 +94,7 @@ def parse_recipe(tree: DictConfig | dict[str, Any], where: str = "recipe") -> Re
 
 
 def _without_train_iters(inherited: dict[str, Any]) -> dict[str, Any]:
-    """The dense baseline takes as many tokens as the method unless its own key says otherwise."""
+    """A baseline trains as long as btx unless its own key says otherwise."""
     training = {k: v for k, v in (inherited.get("training") or {}).items() if k != "train_iters"}
     return inherited | {"training": training}
 

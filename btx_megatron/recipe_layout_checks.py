@@ -148,10 +148,11 @@ def _expert_parallel_problems(key: str, layout: Layout, recipe: Recipe) -> Itera
             f"{key}.expert_model_parallel_size {ep} must divide the number of experts {experts} "
             f"({', '.join(recipe.expert_names)})"
         )
-    if recipe.model.ffn_hidden_size % etp:
+    if recipe.expert_ffn_hidden_size % etp:
+        cut = f" / mix.chunks {recipe.mix.chunks}" if recipe.mix.chunks > 1 else ""
         yield (
             f"{key}.expert_tensor_parallel_size {etp} must divide model.ffn_hidden_size "
-            f"{recipe.model.ffn_hidden_size}"
+            f"{recipe.model.ffn_hidden_size}{cut}"
         )
     ranks = tp * layout.data_parallel_size
     if ranks % (etp * ep):

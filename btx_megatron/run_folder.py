@@ -1,7 +1,7 @@
 """Where everything of a run lies on disk, and how a stage's folder comes to be.
 
     RUN/recipe.yaml            the resolved recipe, written first
-    RUN/data, seed, experts/NAME, mix, average, finetune, dense, evaluate, report
+    RUN/data, seed, experts/NAME, mix, average, finetune, upcycle, dense, ..., evaluate, report
                                finished stages, each with its manifest.json
     RUN/.work/<the same>       stages that are under way
     RUN/.locks/STAGE           held by the ``btx`` that works on the stage

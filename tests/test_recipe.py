@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btx_megatron.errors import UserError
-from btx_megatron.estimate import dense_train_iters, parameter_counts, stage_tokens
+from btx_megatron.estimate import parameter_counts, stage_tokens
+from btx_megatron.matching import matched_train_iters
 from btx_megatron.recipe import Model, Recipe
 from btx_megatron.recipe_checks import check_recipe
 from btx_megatron.recipe_file import load_recipe, parse_recipe, recipe_to_dict
@@ -333,8 +334,8 @@ def test_dense_takes_as_many_tokens_as_experts_and_moe_stage(tmp_path: Path) -> 
     spent = 10 + 10 + 11 + 10  # steps of 8 samples
     assert recipe.stages.dense.training.train_iters == -(-spent * 8 // 24) == 14
     assert stage_tokens(recipe, "dense") == 14 * 24 * 256 >= spent * 8 * 256
-    assert load_recipe(QUICKSTART).stages.dense.training.train_iters == dense_train_iters(
-        load_recipe(QUICKSTART)
+    assert load_recipe(QUICKSTART).stages.dense.training.train_iters == matched_train_iters(
+        load_recipe(QUICKSTART), "dense"
     )
 
 

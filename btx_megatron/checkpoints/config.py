@@ -225,10 +225,11 @@ def from_recipe(recipe: Mapping[str, Any], num_experts: int | None, vocab_size: 
     """The model of a resolved recipe, as it lies in our checkpoints."""
     model, moe = recipe["model"], recipe["moe"]
     heads = model["num_attention_heads"]
+    chunks = recipe.get("mix", {}).get("chunks", 1)  # that a feed-forward was cut into for the mixture
     return ModelConfig(
         num_layers=model["num_layers"],
         hidden_size=model["hidden_size"],
-        ffn_hidden_size=model["ffn_hidden_size"],
+        ffn_hidden_size=model["ffn_hidden_size"] // (chunks if num_experts else 1),
         num_attention_heads=heads,
         num_query_groups=model["num_query_groups"] or heads,
         kv_channels=model["kv_channels"] or model["hidden_size"] // heads,

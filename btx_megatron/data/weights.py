@@ -13,7 +13,7 @@ from typing import Any
 from btx_megatron.data.folder import STATISTICS, read_statistics
 from btx_megatron.errors import UserError
 from btx_megatron.estimate import stage_tokens
-from btx_megatron.recipe import Domain, Recipe
+from btx_megatron.recipe import MATCHED_STAGES, Domain, Recipe
 
 SourceKey = tuple[str, str]
 """Domain and source."""
@@ -23,7 +23,7 @@ def stage_blend(recipe: Recipe, stage: str) -> dict[str, float]:
     """Sampling weight of each domain: the stage's own, or its kind's default (see ``recipe.Stage.blend``)."""
     kind, _, domain = stage.partition(":")
     blend = recipe.stage(stage).blend
-    if not blend and kind == "dense":
+    if not blend and kind in MATCHED_STAGES:
         blend = recipe.stages.finetune.blend
     if blend:
         return dict(blend)

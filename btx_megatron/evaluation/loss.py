@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 from btx_megatron.data.held_out import held_out_windows
-from btx_megatron.evaluation.rows import rows_of
+from btx_megatron.evaluation.rows import main_row, rows_of
 from btx_megatron.job import CHECKPOINTS, Job
-from btx_megatron.recipe import Stage
+from btx_megatron.recipe import Recipe, Stage
 from btx_megatron.run_folder import stage_folder
 from btx_megatron.runtime import ranks
 from btx_megatron.runtime.progress import Progress
 
-MOE_ROWS = ("merged", "btx")
 Model = Sequence[torch.nn.Module]  # the chunks of this rank
 Windows = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
@@ -58,7 +57,7 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
     for done, (row, made_by) in enumerate(rows.items()):
         if progress:
             progress.update("evaluating", done, len(rows), row)
-        experts = len(recipe.expert_names) if row in MOE_ROWS else None
+        experts = recipe.num_experts(made_by)
         if experts not in models:
             models[experts] = build_model(recipe, stage, vocabulary, experts)
         model = models[experts]
@@ -68,12 +67,12 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
         for name in recipe.domain_names:
             losses[row][name] = held_out_loss(model, windows[name], stage, recipe.model.seq_length)
             loads.append(take_load(model, recipe.model.num_layers))
-        if row == "btx":
+        if row == main_row(recipe) and experts:
             routing = _routing(job, stage, model, windows, torch.stack(loads))
     return {
         "held_out_loss": losses,
         "held_out_tokens": {name: int(sum(w[2].sum() for w in windows[name])) for name in windows},
-        "routing": routing,
+        "routing": routing or None,
     }
 
 

@@ -10,11 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from btx_megatron.estimate_flops import flops_text
+from btx_megatron.evaluation.rows import MOE_ROWS, main_row
 from btx_megatron.manifest import Manifest
-from btx_megatron.recipe import Recipe
-from btx_megatron.recipe_checks import training_stages
+from btx_megatron.methods import has_moe, training_stages
+from btx_megatron.recipe import MATCHED_STAGES, Recipe
 
 Losses = dict[str, dict[str, float]]
+
+_NO_PADDING = "Counts are without vocabulary padding."
+_TITLES = {
+    "btx": "Branch-Train-MiX",
+    "sparse_upcycling": "Sparse upcycling",
+    "dense": "Dense training continued",
+    "btm": "Branch-Train-Merge",
+    "cbtm": "Cluster-Branch-Train-Merge",
+    "timoe": "Time-aware mixture of experts",
+}
 
 
 def render_page(
@@ -23,7 +34,7 @@ def render_page(
     """The whole page, in Markdown; pictures are named relative to it."""
     held_out = ", ".join(f"{name} {count:,}" for name, count in evaluation["held_out_tokens"].items())
     sections = [
-        f"# Branch-Train-MiX: {recipe.name}",
+        f"# {_TITLES[recipe.method]}: {recipe.name}",
         f"Run finished {manifests['evaluate'].created[:10]}, report written {datetime.now(UTC):%Y-%m-%d} "
         "(UTC). One run with one random seed: there are no error bars.",
         "## Held-out loss",
@@ -32,12 +43,10 @@ def render_page(
         "(FLOPs: the model's matrix products, forward and backward, with the causal half of attention). The "
         "best of each column is bold.",
         loss_table(summary),
-        "How `btx` stands, on the mean:",
-        verdict(summary),
+        f"How `{main_row(recipe)}` stands, on the mean:",
+        verdict(summary, main_row(recipe)),
         "![Training and held-out loss](losses.png)",
-        "## Routing of the MoE",
-        routing_text(evaluation["routing"]),
-        "![Share of the routes by domain, layer and expert](routing.png)",
+        *routing_section(evaluation["routing"]),
         "## What was run",
         model_text(recipe, summary["parameters"]),
         stage_table(recipe, manifests),
@@ -66,26 +75,45 @@ def loss_table(summary: dict[str, Any]) -> str:
     return _table(["model", *columns, "training tokens", "training FLOPs"], lines)
 
 
-def verdict(summary: dict[str, Any]) -> str:
-    """One line for each other row: how much better or worse ``btx`` is, as it fell."""
-    losses, tokens, parameters = summary["held_out_loss"], summary["tokens"], summary["parameters"]
-    flops = summary["flops"]
+def verdict(summary: dict[str, Any], main: str = "btx") -> str:
+    """One line for each other row: how much better or worse the method's is, as it fell."""
+    losses = summary["held_out_loss"]
     lines = []
     for row, values in losses.items():
-        if row == "btx":
+        if row == main:
             continue
-        line = f"- {_compare(losses['btx']['mean'], values['mean'], f'`{row}`')}"
+        line = f"- {_compare(losses[main]['mean'], values['mean'], f'`{row}`')}"
         domain = row.partition(":")[2]
         if domain:
-            line += f"; on its own domain, {_compare(losses['btx'][domain], values[domain], 'it')}"
-        if row == "dense":
-            line += (
-                f", the seed trained on for {tokens['dense']:,} tokens (btx {tokens['btx']:,}) and "
-                f"{flops_text(flops['dense'])} FLOPs (btx {flops_text(flops['btx'])}); a token uses "
-                f"{parameters['moe_active']:,} parameters of btx and {parameters['dense']:,} of dense"
-            )
+            line += f"; on its own domain, {_compare(losses[main][domain], values[domain], 'it')}"
+        if row in MATCHED_STAGES:
+            line += _cost(summary, row, main)
         lines.append(line + ".")
     return "\n".join(lines)
+
+
+def _cost(summary: dict[str, Any], row: str, main: str) -> str:
+    """What a baseline and the method took, and how many parameters a token of each uses."""
+    tokens, flops, parameters = summary["tokens"], summary["flops"], summary["parameters"]
+    start = "the seed trained on" if row == "dense" else "copies of the seed, trained"
+    text = (
+        f", {start} for {tokens[row]:,} tokens ({main} {tokens[main]:,}) and "
+        f"{flops_text(flops[row])} FLOPs ({main} {flops_text(flops[main])})"
+    )
+    if row == "dense" and main in MOE_ROWS:
+        text += (
+            f"; a token uses {parameters['moe_active']:,} parameters of {main} and {parameters['dense']:,} "
+            "of dense"
+        )
+    return text
+
+
+def routing_section(routing: dict[str, Any] | None) -> list[str]:
+    """Heading, text and picture; nothing of a method without a MoE."""
+    if not routing:
+        return []
+    picture = "![Share of the routes by domain, layer and expert](routing.png)"
+    return ["## Routing of the MoE", routing_text(routing), picture]
 
 
 def routing_text(routing: dict[str, Any]) -> str:
@@ -101,15 +129,23 @@ def routing_text(routing: dict[str, Any]) -> str:
 
 def model_text(recipe: Recipe, parameters: dict[str, int]) -> str:
     """Shape and size of the models."""
-    model, moe = recipe.model, recipe.moe
-    return (
+    model = recipe.model
+    text = (
         f"A Llama-shaped model: {model.num_layers} layers, hidden size {model.hidden_size}, feed-forward "
         f"{model.ffn_hidden_size}, {model.num_attention_heads} heads, sequence length {model.seq_length}; "
-        f"{parameters['dense']:,} parameters. The MoE has {len(recipe.expert_names)} experts "
-        f"({', '.join(recipe.expert_names)}), {moe.router_text(len(recipe.expert_names))} routing, balancing "
-        f"`{moe.moe_router_load_balancing_type}` with weight {moe.moe_aux_loss_coeff:g}; "
+        f"{parameters['dense']:,} parameters. "
+    )
+    return text + (_moe_text(recipe, parameters) if has_moe(recipe) else "") + _NO_PADDING
+
+
+def _moe_text(recipe: Recipe, parameters: dict[str, int]) -> str:
+    moe, names = recipe.moe, recipe.expert_names
+    width = recipe.expert_ffn_hidden_size
+    cut = f", each with a feed-forward of {width}" if width != recipe.model.ffn_hidden_size else ""
+    return (
+        f"The MoE has {len(names)} experts ({', '.join(names)}){cut}, {moe.router_text(len(names))} routing, "
+        f"balancing `{moe.moe_router_load_balancing_type}` with weight {moe.moe_aux_loss_coeff:g}; "
         f"{parameters['moe_total']:,} parameters, {parameters['moe_active']:,} of them active for a token. "
-        "Counts are without vocabulary padding."
     )
 
 

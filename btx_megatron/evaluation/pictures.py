@@ -101,7 +101,9 @@ def curve_starts(curves: dict[str, Curve]) -> dict[str, int]:
     A seed or an expert that was imported has no curve.
     """
     starts, spent = {}, 0
-    for stage in [name for name in curves if name == "seed" or name.startswith("expert:")] + ["finetune"]:
+    for stage in curves:
+        if stage not in ("seed", "finetune") and not stage.startswith("expert:"):
+            continue
         starts[stage] = spent
         spent += curves[stage][-1][0]
     after_seed = curves["seed"][-1][0] if "seed" in curves else 0

@@ -20,8 +20,8 @@ from btx_megatron.estimate_flops import flops_text, training_flops_per_token
 from btx_megatron.evaluation.page import render_page
 from btx_megatron.evaluation.rows import rows_of, spent_on
 from btx_megatron.manifest import Manifest
-from btx_megatron.recipe import SEED, Recipe
-from btx_megatron.recipe_checks import training_stages
+from btx_megatron.methods import stage_names, training_stages
+from btx_megatron.recipe import Recipe
 from btx_megatron.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ MEAN = "mean"
 
 
 def write_report(recipe: Recipe, run_folder: Path, out: Path) -> dict[str, Any]:
-    """Write ``summary.json``, ``losses.png``, ``routing.png`` and ``report.md`` into ``out``.
+    """Write ``summary.json``, ``losses.png``, ``routing.png`` (of a MoE) and ``report.md`` into ``out``.
 
     Returns the summary. Raises UserError if a stage that the report tells of is not finished.
     """
@@ -43,7 +43,8 @@ def write_report(recipe: Recipe, run_folder: Path, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     draw_losses(read_curves(recipe, run_folder), summary["held_out_loss"], out / "losses.png")
-    draw_routing(evaluation["routing"], out / "routing.png")
+    if evaluation["routing"]:
+        draw_routing(evaluation["routing"], out / "routing.png")
     page = render_page(recipe, summary, evaluation, manifests)
     (out / "report.md").write_text(page, encoding="utf-8")
     return summary
@@ -69,10 +70,8 @@ def read_manifests(recipe: Recipe, run_folder: Path) -> dict[str, Manifest]:
 
     Raises UserError for a stage that is not finished.
     """
-    experts = [f"expert:{name}" for name in recipe.domain_names]
-    stages = ["prepare", SEED, *experts, "mix", "average", "finetune", *recipe.baselines, "evaluate"]
     manifests: dict[str, Manifest] = {}
-    for stage in stages:
+    for stage in [*stage_names(recipe), "evaluate"]:
         manifest = RunFolder(run_folder).manifest(stage)
         if manifest is None:
             raise UserError(f"{run_folder}: stage '{stage}' is not finished; run `btx run` first")
@@ -120,6 +119,14 @@ def rows_table(summary: dict[str, Any]) -> Table:
         ]
         table.add_row(row, *cells, f"{summary['tokens'][row]:,}", flops_text(summary["flops"][row]))
     return table
+
+
+def print_report(folder: Path) -> None:
+    """Print the table of a report, and where the page is."""
+    from rich.console import Console
+
+    Console().print(rows_table(json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
+    print(f"report: {folder / 'report.md'}")
 
 
 def _with_mean(losses: dict[str, float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from btx_megatron.estimate import recipe_parameter_counts, stage_tokens
 from btx_megatron.estimate_flops import flops_text, stage_flops
 from btx_megatron.evaluation.rows import rows_of, spent_on
 from btx_megatron.launch.display import clock, how_far
+from btx_megatron.methods import has_moe
 from btx_megatron.pipeline import PipelineStage, stages_of
 from btx_megatron.recipe import Recipe
 from btx_megatron.run_folder import RunFolder
@@ -28,15 +29,26 @@ def plan_text(recipe: Recipe) -> str:
     counts = recipe_parameter_counts(recipe)
     parameters = [
         ["parameters", ""],
-        ["one expert", f"{counts.dense:,}"],
-        ["MoE, total", f"{counts.moe_total:,}"],
-        ["MoE, active", f"{counts.moe_active:,}"],
+        ["one expert" if recipe.expert_stages else "dense", f"{counts.dense:,}"],
     ]
-    experts = len(recipe.expert_names)
-    title = f"{recipe.name}: {experts} experts, {recipe.moe.router_text(experts)}"
-    title += f"; run folder {recipe.run_folder}"
+    if has_moe(recipe):
+        parameters += [["MoE, total", f"{counts.moe_total:,}"], ["MoE, active", f"{counts.moe_active:,}"]]
+    title = f"{recipe.name}: {_models_text(recipe)}; run folder {recipe.run_folder}"
     tables = [columns(rows, right=(3, 4, 5, 6)), compute_text(recipe), columns(parameters, right=(1,))]
     return "\n\n".join([title, *tables, *epochs_text(recipe)])
+
+
+def _models_text(recipe: Recipe) -> str:
+    """``4 experts, top-2``; with another method than btx, its name first."""
+    method = [] if recipe.method == "btx" else [recipe.method]
+    names, model = recipe.expert_names, recipe.model
+    if not has_moe(recipe):
+        return ", ".join(
+            [*method, f"{len(recipe.expert_stages)} experts"] if recipe.expert_stages else method
+        )
+    width = recipe.expert_ffn_hidden_size
+    cut = f" of width {width}" if width != model.ffn_hidden_size else ""
+    return ", ".join([*method, f"{len(names)} experts{cut}", recipe.moe.router_text(len(names))])
 
 
 def compute_text(recipe: Recipe) -> str:

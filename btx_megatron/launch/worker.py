@@ -80,23 +80,26 @@ def _import(job: Job) -> dict[str, Any]:
 def _mix(job: Job) -> dict[str, Any]:
     _verify_inputs(job)
     from btx_megatron.mixing.mix import mix
-    from btx_megatron.mixing.plan import MixOptions
+    from btx_megatron.mixing.of_recipe import mix_options, needs_base, router_tokens, upcycling_options
 
-    options = MixOptions(
-        router_std=job.recipe.mix.router_std,
-        random_seed=job.recipe.mix.random_seed,
-        router_topk=job.recipe.moe.moe_router_topk,
-        router_pre_softmax=job.recipe.moe.moe_router_pre_softmax,
-    )
-    return {"outputs": {"tensors": mix(_expert_checkpoints(job), _output(job), options)}}
+    if job.stage == "upcycle":
+        table = mix({SEED: _checkpoints(job, SEED)}, _output(job), upcycling_options(job.recipe))
+    else:
+        options = mix_options(job.recipe)
+        base = _checkpoints(job, SEED) if needs_base(options) else None
+        text = router_tokens(job.recipe, job.data_folder)
+        table = mix(_source_checkpoints(job), _output(job), options, base, text)
+    return {"outputs": {"tensors": table}}
 
 
 def _average(job: Job) -> dict[str, Any]:
     _verify_inputs(job)
     from btx_megatron.mixing.mix import average
-    from btx_megatron.mixing.plan import MixOptions
+    from btx_megatron.mixing.of_recipe import average_options, needs_base
 
-    return {"outputs": {"tensors": average(_expert_checkpoints(job), _output(job), MixOptions())}}
+    options = average_options(job.recipe)
+    base = _checkpoints(job, SEED) if needs_base(options) else None
+    return {"outputs": {"tensors": average(_source_checkpoints(job), _output(job), options, base)}}
 
 
 def _output(job: Job) -> Any:
@@ -134,15 +137,20 @@ def _verify_inputs(job: Job) -> None:
     from btx_megatron.mixing.verify import verify
 
     for stage in job.inputs:
-        checkpoints = job.run_folder / stage_folder(stage) / CHECKPOINTS
+        checkpoints = _checkpoints(job, stage)
         if checkpoints.exists():
             verify(checkpoints)
 
 
-def _expert_checkpoints(job: Job) -> dict[str, Path]:
-    """Checkpoint folder of each expert, in the order of the router's rows: the seed, if any, last."""
-    stages = {name: SEED if name == SEED else f"expert:{name}" for name in job.recipe.expert_names}
-    return {name: job.run_folder / stage_folder(stage) / CHECKPOINTS for name, stage in stages.items()}
+def _source_checkpoints(job: Job) -> dict[str, Path]:
+    """Checkpoint folder of each model that is mixed, in their order: the seed, if any, last."""
+    stages = {name: SEED if name == SEED else f"expert:{name}" for name in job.recipe.source_names}
+    return {name: _checkpoints(job, stage) for name, stage in stages.items()}
+
+
+def _checkpoints(job: Job, stage: str) -> Path:
+    """Of a finished stage."""
+    return job.run_folder / stage_folder(stage) / CHECKPOINTS
 
 
 def _hash_outputs(work_folder: Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from btx_megatron.mixing.flags import megatron_flags
 from btx_megatron.mixing.grow import count_experts
 from btx_megatron.mixing.mix import (
     Output,
-    RouterText,
     convert,
     drop,
     drop_job,
@@ -30,6 +29,7 @@ from btx_megatron.mixing.mix import (
 )
 from btx_megatron.mixing.option_checks import check_target_options, option_name
 from btx_megatron.mixing.plan import Average, MixOptions, RouterInit, TokenizerOf
+from btx_megatron.mixing.router_text import RouterText
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 

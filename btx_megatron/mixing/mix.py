@@ -55,6 +55,7 @@ from btx_megatron.mixing.plan import (
     plan_average,
     plan_mix,
 )
+from btx_megatron.mixing.router_text import RouterText, RouterTokens, check_router_text
 from btx_megatron.mixing.source_tokenizers import ResultTokenizer, shared_tokenizer, united_tokenizer
 
 
@@ -93,16 +94,6 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class RouterText:
-    """What a router of ``MixOptions.router_init`` centroid or ridge is made from."""
-
-    texts: Mapping[str, Path]
-    """A text file of each expert."""
-    tokenizer: Path | None = None
-    """``tokenizer.json`` or a SentencePiece model; None: the one beside the first expert."""
-
-
-@dataclass(frozen=True)
 class Job:
     """What is going to be written, and from what; nothing but headers and tokenizers is read yet."""
 
@@ -114,7 +105,7 @@ class Job:
     options: MixOptions | None = None
     common: Mapping[str, Any] = field(default_factory=dict)
     """Goes beside the tensors of a torch_dist checkpoint."""
-    router_text: RouterText | None = None
+    router_text: RouterText | RouterTokens | None = None
     checked: tuple[str, ...] = ()
     """Sources that are read once more before, to see that they are what they were."""
 
@@ -124,7 +115,7 @@ def mix(
     output: Output,
     options: MixOptions,
     base: Path | None = None,
-    router_text: RouterText | None = None,
+    router_text: RouterText | RouterTokens | None = None,
 ) -> dict[str, Any]:
     """Mix dense checkpoints into a MoE checkpoint; returns its tensors' table.
 
@@ -138,7 +129,7 @@ def mix_job(
     sources: Mapping[str, Path],
     options: MixOptions,
     base: Path | None = None,
-    router_text: RouterText | None = None,
+    router_text: RouterText | RouterTokens | None = None,
     look: bool = False,
 ) -> Job:
     """What ``mix`` writes. ``look``: it will not be, so a router from text need not be made."""
@@ -156,7 +147,10 @@ def mix_job(
 
 
 def _router_rows(
-    sources: Mapping[str, Path], base: Path | None, options: MixOptions, text: RouterText | None
+    sources: Mapping[str, Path],
+    base: Path | None,
+    options: MixOptions,
+    text: RouterText | RouterTokens | None,
 ) -> Tensor | None:
     """[layers, sources, hidden] of a router that is made from text; None for the others."""
     if text is None:
@@ -172,32 +166,15 @@ def _router_rows(
     first = next(iter(opened.sources.values()))
     if opened.config is None:
         raise UserError(f"{first.folder}: says nothing of its model, which --router-init needs")
-    from btx_megatron.mixing.router_features import rows_from_text
+    from btx_megatron.mixing.router_features import rows_from_text, rows_from_tokens
 
+    plan = plan_average(opened.sources, options, opened.base)
+    if isinstance(text, RouterTokens):
+        tokens = [text.tokens[name] for name in sources]
+        return rows_from_tokens(options.router_init, plan, opened.config, tokens)
     tokenizer = tokenizer_file(first.folder, text.tokenizer, "--tokenizer-model")
     texts = {name: text.texts[name] for name in sources}
-    plan = plan_average(opened.sources, options, opened.base)
     return rows_from_text(options.router_init, plan, opened.config, texts, tokenizer)
-
-
-def check_router_text(sources: Mapping[str, Path], options: MixOptions, text: RouterText | None) -> None:
-    """Raise UserError unless every expert has a text where the router needs one, and none has elsewhere."""
-    if options.router_init not in FROM_TEXT:
-        if text is not None:
-            raise UserError(
-                f"--router-text has no effect with --router-init {options.router_init}; leave it out"
-            )
-        return
-    missing = [name for name in sources if text is None or name not in text.texts]
-    if missing:
-        raise UserError(
-            f"--router-init {options.router_init} needs a text of every expert; "
-            f"give --router-text {missing[0]}=FILE"
-        )
-    assert text is not None
-    unknown = [name for name in text.texts if name not in sources]
-    if unknown:
-        raise UserError(f"--router-text {unknown[0]}: no such expert; there are {', '.join(sources)}")
 
 
 def average(
@@ -335,7 +312,7 @@ def _write(job: Job, output: Output) -> dict[str, Any]:
             "options": asdict(options) if options is not None else None,
             "sources": {name: str(source.folder) for name, source in opened.all.items()},
         }
-        if text is not None:
+        if isinstance(text, RouterText):
             settings["router_text"] = {name: _file_facts(path) for name, path in text.texts.items()}
         settings |= opened.tokenizer.facts()
         if to == "hf" and config is not None and (differs := approximations(config)):

@@ -11,12 +11,13 @@ This needs Megatron, runs in one process in fp32, and holds the averaged model a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from btx_megatron.checkpoints.config import ModelConfig
@@ -42,7 +43,14 @@ def rows_from_text(
     for a text that is none or too short, and where the features give no router.
     """
     rows = next(tensor.info.shape[0] for tensor in average if tensor.name == EMBEDDING)
-    ids = [_ids(tokenizer, path, rows) for path in texts.values()]
+    ids = [np.asarray(_ids(tokenizer, path, rows), dtype=np.int64) for path in texts.values()]
+    return rows_from_tokens(kind, average, config, ids)
+
+
+def rows_from_tokens(
+    kind: str, average: list[PlannedTensor], config: ModelConfig, ids: Sequence[NDArray[np.int64]]
+) -> Tensor:
+    """As rows_from_text, from the token ids [n] of each expert's text, two at least."""
     tokens = min(len(one) for one in ids) - 1
     sequence = min(_SEQ_LENGTH, config.seq_length, tokens)
     windows = [_whole_windows(one[: tokens + 1], sequence) for one in ids]
@@ -65,9 +73,9 @@ def _ids(tokenizer: Path, path: Path, rows: int) -> list[int]:
     return ids
 
 
-def _whole_windows(ids: list[int], sequence: int) -> list[Window]:
+def _whole_windows(ids: NDArray[np.int64], sequence: int) -> list[Window]:
     """Windows without padding, which would count as text."""
-    windows = stream_windows(np.asarray(ids, dtype=np.int64), sequence)
+    windows = stream_windows(ids, sequence)
     return [window for window in windows if window[2].all()]
 
 

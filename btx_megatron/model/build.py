@@ -76,6 +76,7 @@ def transformer_config(recipe: Recipe, stage: Stage, num_experts: int | None) ->
         **_pipeline(stage.layout, model.num_layers),
         **_recompute(stage.layout),
         **_moe(recipe.moe, num_experts),
+        moe_ffn_hidden_size=None if num_experts is None else recipe.expert_ffn_hidden_size,
         **_NO_FUSION,
     )
 
