@@ -350,11 +350,6 @@ class Recipe:
         return [f"expert:{name}" for name in self.domain_names] if apart else []
 
     @property
-    def expert_groups(self) -> list[int]:
-        """The domain that each expert of the MoE comes from, by number."""
-        return list(range(len(self.expert_names)))
-
-    @property
     def imported_stages(self) -> list[str]:
         """Stages whose model is a checkpoint that the recipe names; they do not train."""
         return [

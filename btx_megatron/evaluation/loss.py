@@ -18,7 +18,7 @@ import torch
 from btx_megatron.data.held_out import held_out_windows
 from btx_megatron.evaluation.rows import main_row, rows_of
 from btx_megatron.job import CHECKPOINTS, Job
-from btx_megatron.recipe import Recipe, Stage
+from btx_megatron.recipe import Stage
 from btx_megatron.run_folder import stage_folder
 from btx_megatron.runtime import ranks
 from btx_megatron.runtime.progress import Progress

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from btx_megatron.data.folder import token_prefix
-from btx_megatron.data.indexed import IndexedTokens, IndexedWriter
+from btx_megatron.data.indexed import IndexedWriter
 from btx_megatron.data.sample import PIECE, training_sample
 from btx_megatron.errors import UserError
 from btx_megatron.recipe import Domain, Source
