@@ -58,6 +58,8 @@ class Setup:
     num_experts: int | None = None
     """None: a dense model."""
     moe: Moe = field(default_factory=Moe)
+    expert_width: int | None = None
+    """Of an expert's feed-forward; None: the model's."""
 
     @property
     def element(self) -> int:
@@ -87,6 +89,7 @@ def setup_of(recipe: Recipe, stage: Stage, padded_vocab_size: int, num_experts: 
         bf16=training.bf16,
         num_experts=num_experts,
         moe=recipe.moe,
+        expert_width=recipe.expert_ffn_hidden_size,
     )
 
 
@@ -246,7 +249,7 @@ def expert_weights(setup: Setup) -> list[int]:
     """Numbers in each weight of the experts on a rank."""
     model, layout = setup.model, setup.layout
     etp = layout.expert_tensor_parallel_size or layout.tensor_model_parallel_size
-    matrix = model.ffn_hidden_size * model.hidden_size // etp
+    matrix = (setup.expert_width or model.ffn_hidden_size) * model.hidden_size // etp
     experts = (setup.num_experts or 0) // layout.expert_model_parallel_size
     return [2 * matrix, matrix] * (experts * model.num_layers // layout.pipeline_model_parallel_size)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from btx_megatron.estimate import parameter_counts
+from btx_megatron.launch.tables import plan_text
 from btx_megatron.pipeline import stages_of
 from btx_megatron.recipe_file import load_recipe
 
@@ -21,6 +22,19 @@ def test_a_recipe_loads(path: Path) -> None:
     recipe = load_recipe(path)
     assert stages_of(recipe)
     assert not Path(recipe.run_folder).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "experts"), [("sparse_upcycling", "sparse_upcycling_dm", 4), ("dense", "dense", None)]
+)
+def test_a_method_of_one_stage(name: str, stage: str, experts: int | None) -> None:
+    """It trains as long as its comments say, and `btx plan` tells of it and of no expert."""
+    recipe = load_recipe(EXAMPLES / f"{name}.yaml")
+    assert recipe.stage(stage).training.train_iters == 3 * 80 + 120
+    assert recipe.num_experts(stage) == experts
+    text = plan_text(recipe)
+    assert stage in text
+    assert "expert:" not in text
 
 
 def test_smollm2_is_described() -> None:

@@ -109,7 +109,7 @@ def rows_table(summary: dict[str, Any]) -> Table:
     columns = list(next(iter(losses.values())))
     best = {column: min(row[column] for row in losses.values()) for column in columns}
     table = Table(title="Held-out loss, nats a token", caption="bold: the best of a column")
-    table.add_column("model")
+    table.add_column("model", min_width=max(map(len, losses)))
     for column in [*columns, "training tokens", "FLOPs"]:
         table.add_column(column, justify="right")
     for row, values in losses.items():
