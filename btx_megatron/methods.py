@@ -4,7 +4,7 @@ method            stages after prepare and seed                    ends with
 btx               experts, mix, average, finetune                  finetune
 sparse_upcycling  upcycle, sparse_upcycling_dm or ..._cm           that
 dense             dense                                            dense
-btm, cbtm, timoe  experts, average                                 the experts
+btm, timoe        experts, average                                 the experts
 
 and then the baselines. A baseline is the same stage, under the same name, beside btx and as a method of its
 own, so that the two can be compared and neither needs rules of its own.
@@ -26,7 +26,7 @@ def main_stage(recipe: Recipe) -> str | None:
 
 def baseline_stages(recipe: Recipe) -> list[str]:
     """The baselines that are trained beside the method, which may be one of them itself."""
-    return [name for name in recipe.baselines if name != main_stage(recipe)]
+    return [name for name in recipe.baselines if name not in ("btm", main_stage(recipe))]
 
 
 def stage_names(recipe: Recipe) -> list[str]:

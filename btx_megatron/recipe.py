@@ -11,11 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from btx_megatron.errors import UserError
 from btx_megatron.recipe_layout import Layout as Layout
 from btx_megatron.recipe_mix import MEASURED_FROM_SEED as MEASURED_FROM_SEED
 from btx_megatron.recipe_mix import ROUTERS_FROM_TEXT as ROUTERS_FROM_TEXT
 from btx_megatron.recipe_mix import Mix as Mix
 from btx_megatron.recipe_training import Training as Training
+from btx_megatron.times import TimeWindow, parse_time_window
 
 SEED = "seed"  # the name of the seed model's expert; no domain may have it
 MOE_STAGES = ("mix", "finetune", "upcycle", "sparse_upcycling_dm", "sparse_upcycling_cm")
@@ -58,6 +60,10 @@ class Domain:
     """Names the expert: letters, digits, '-' and '_'."""
     sources: list[Source] = field(default_factory=list)
     """Where its text comes from."""
+    start: str | None = None
+    """For ``method: timoe``: the earliest time of its text, a number (year) or a date YYYY-MM-DD."""
+    end: str | None = None
+    """For ``method: timoe``: the latest time of its text; queries of earlier times do not see its expert."""
 
 
 @dataclass
@@ -292,17 +298,18 @@ class Recipe:
     """Defaults of every stage's ``layout``."""
     stages: Stages = field(default_factory=Stages)
     """The training stages."""
-    method: Literal["btx", "sparse_upcycling", "dense", "btm", "cbtm", "timoe"] = "btx"
+    method: Literal["btx", "sparse_upcycling", "dense", "btm", "timoe"] = "btx"
     """What is made of the seed. btx: experts, mixed and finetuned. sparse_upcycling: a MoE of copies of the
     seed, trained on all domains; it has the shape that ``mix`` gives btx. dense: the seed, trained on. btm,
-    cbtm, timoe: experts that are not mixed. The stages of btx say what the baselines are matched to."""
+    timoe: experts that are not mixed; their probabilities are. The stages of btx say what the baselines are
+    matched to."""
     upcycling_match: Literal["data", "compute"] = "data"
     """What ``method: sparse_upcycling`` takes as much of as btx would: tokens (``sparse_upcycling_dm``) or
     training FLOPs (``sparse_upcycling_cm``)."""
-    baselines: list[Literal["dense", "sparse_upcycling_dm", "sparse_upcycling_cm"]] = field(
+    baselines: list[Literal["dense", "sparse_upcycling_dm", "sparse_upcycling_cm", "btm"]] = field(
         default_factory=lambda: ["dense"]
     )
-    """Baselines to train beside the method."""
+    """Baselines to train beside the method; ``btm`` needs no training, the experts are there."""
     evaluate: Evaluate = field(default_factory=Evaluate)
     """The evaluation."""
     launch: Launch = field(default_factory=Launch)
@@ -323,6 +330,17 @@ class Recipe:
         if self.method == "sparse_upcycling":
             return [f"{SEED}.{number}" for number in range(len(names))]
         return names
+
+    @property
+    def time_windows(self) -> dict[str, TimeWindow]:
+        """Span of each domain's text. Raises UserError where one is missing or is none."""
+        spans = {}
+        for domain in self.data.domains:
+            where = f"data.domains.{domain.name}"
+            if domain.start is None or domain.end is None:
+                raise UserError(f"{where}: method timoe needs the start and the end of its text")
+            spans[domain.name] = parse_time_window(domain.start, domain.end, where)
+        return spans
 
     @property
     def expert_names(self) -> list[str]:

@@ -15,9 +15,11 @@ from collections.abc import Iterator, Sequence
 from btx_megatron.errors import UserError
 from btx_megatron.matching import matched_train_iters, reference_stages, unresolved_stages
 from btx_megatron.methods import has_moe, training_stages
-from btx_megatron.recipe import MATCHED_STAGES, SEED, Data, Model, Moe, Recipe, Source, Stage, Training
+from btx_megatron.recipe import MATCHED_STAGES, SEED, Data, Model, Recipe, Source, Stage, Training
+from btx_megatron.recipe_ensemble_checks import ensemble_problems
 from btx_megatron.recipe_layout_checks import dense_layout_problems, layout_problems
 from btx_megatron.recipe_mix_checks import mix_problems
+from btx_megatron.recipe_moe_checks import moe_problems
 from btx_megatron.recipe_numbers import at_least, divisors, positive
 
 RESERVED_NAMES = (SEED, "mean")
@@ -53,7 +55,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _model_problems(recipe.model)
     yield from mix_problems(recipe)
     if has_moe(recipe):
-        yield from _moe_problems(recipe)
+        yield from moe_problems(recipe)
     for name in recipe.stages.experts:
         if name not in recipe.domain_names:
             yield (
@@ -61,6 +63,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             )
     for name in sorted({name for name in recipe.baselines if recipe.baselines.count(name) > 1}):
         yield f"baselines: '{name}' is given {recipe.baselines.count(name)} times; once is enough"
+    yield from ensemble_problems(recipe)
     if recipe.upcycling_match != "data" and recipe.method != "sparse_upcycling":
         yield "upcycling_match is for method sparse_upcycling; put sparse_upcycling_cm under baselines"
     yield from _import_problems(recipe)
@@ -182,64 +185,6 @@ def _model_problems(model: Model) -> Iterator[str]:
             f"the width of a head is {width} (model.kv_channels, or hidden_size / num_attention_heads); "
             "rotary embeddings need an even one"
         )
-
-
-def _moe_problems(recipe: Recipe) -> Iterator[str]:
-    moe, experts = recipe.moe, len(recipe.expert_names)
-    yield from at_least("moe", moe, 1, ("moe_router_topk",))
-    if moe.moe_router_type == "top_k" and moe.moe_router_topk > experts:
-        yield (
-            f"moe.moe_router_topk {moe.moe_router_topk} is more than the {experts} experts "
-            f"({', '.join(recipe.expert_names)}); lower it"
-        )
-    if moe.moe_router_type == "top_k" and moe.moe_router_topk == 1 and not moe.moe_router_pre_softmax:
-        yield (
-            "moe.moe_router_topk 1 with moe.moe_router_pre_softmax false: the softmax over a single "
-            "survivor is always 1, so the router gets no gradient; set moe_router_type: switch or "
-            "sample_top1, or moe_router_topk >= 2"
-        )
-    yield from _router_option_problems(recipe)
-    yield from at_least("moe", moe, 0, ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_seed"))
-    yield from positive("moe", moe, ("moe_expert_capacity_factor", "moe_router_logit_norm_scale"))
-    yield from positive("mix", recipe.mix, ("router_std",))
-    yield from at_least("mix", recipe.mix, 0, ("random_seed",))
-
-
-_OF_SAMPLING = (
-    "moe_router_temperature_decay",
-    "moe_router_temperature_min",
-    "moe_router_seed",
-    "moe_router_inference",
-)
-
-
-def _router_option_problems(recipe: Recipe) -> Iterator[str]:
-    """Keys that the router's type does not know would change nothing."""
-    moe, default = recipe.moe, Moe()
-    kind = moe.moe_router_type
-    known = {"top_k": ("moe_router_topk", "moe_router_pre_softmax"), "sample_top1": _OF_SAMPLING}
-    for owner, keys in known.items():
-        for key in keys:
-            if kind != owner and getattr(moe, key) != getattr(default, key):
-                yield f"moe.{key} is for moe_router_type {owner}, not for {kind}; leave it out"
-    if kind == "soft" and moe.moe_expert_capacity_factor is not None:
-        yield "moe.moe_expert_capacity_factor: a soft router gives every token to every expert; leave it out"
-    yield from at_least("moe", moe, 0, ("moe_router_temperature_decay",))
-    yield from positive("moe", moe, ("moe_router_temperature_min",))
-    if moe.moe_router_one_per_group:
-        yield from _group_problems(recipe)
-    balancing = moe.moe_router_load_balancing_type
-    if moe.moe_aux_loss_adaptive and (balancing == "none" or moe.moe_aux_loss_coeff == 0):
-        yield "moe.moe_aux_loss_adaptive: there is no balancing loss to weigh; leave it out"
-
-
-def _group_problems(recipe: Recipe) -> Iterator[str]:
-    key, groups = "moe.moe_router_one_per_group", recipe.expert_groups
-    if len(set(groups)) == len(groups):
-        yield f"{key}: no domain has several experts (mix.experts {recipe.mix.experts}); leave it out"
-    topk = recipe.moe.topk(len(groups))
-    if topk > len(set(groups)):
-        yield f"{key}: a token takes {topk} experts, but there are {len(set(groups))} domains; lower one"
 
 
 # stages

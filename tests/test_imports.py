@@ -22,7 +22,7 @@ FLOORS = [
     {"run_folder"},
     {"manifest", "recipe_file"},
     {"recipe_checks"},
-    {"recipe_layout_checks", "recipe_mix_checks"},
+    {"recipe_ensemble_checks", "recipe_layout_checks", "recipe_mix_checks", "recipe_moe_checks"},
     {"matching"},
     {"estimate_comm", "estimate_flops"},
     {"estimate"},
@@ -30,7 +30,7 @@ FLOORS = [
     {"recipe"},
     {"recipe_layout", "recipe_mix", "recipe_training"},
     {"durable"},
-    {"errors", "columns", "recipe_numbers", "tokenizer_json", "traffic"},
+    {"errors", "columns", "recipe_numbers", "times", "tokenizer_json", "traffic"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -4,96 +4,132 @@
 
 Each expert reads the held-out windows alone; what is kept is the log-probability of every label. How these
 are weighed is told in the room ``ensembles``. Texts and priors come from training text, never from what is
-held out. Nothing here needs a rank: rank 0 does it.
+held out.
+
+Shapes: E experts in the order of ``Recipe.source_names``, W windows, S positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from btx_megatron.data.held_out import stream_windows
+from btx_megatron.data.prepare import tokenizer_path
 from btx_megatron.data.sample import PIECE, training_sample
-from btx_megatron.data.tokenizer import open_tokenizer, tokenizer_path
+from btx_megatron.data.tokenizer import open_tokenizer
 from btx_megatron.ensembles.contexts import contexts_of
 from btx_megatron.ensembles.mixture import mean_loss, mix
 from btx_megatron.ensembles.posterior import cached_prior, posterior_weights
 from btx_megatron.ensembles.similarity import fit_expert_texts, similarity_weights
-from btx_megatron.ensembles.time_windows import TimeWindow, time_weights
+from btx_megatron.ensembles.time_windows import time_weights
+from btx_megatron.evaluation.loss import Model, Windows
+from btx_megatron.evaluation.rows import TIMOE_ROWS, ensemble_rows
+from btx_megatron.evaluation.token_losses import token_losses
 from btx_megatron.job import Job
-from btx_megatron.recipe import SEED, Recipe
+from btx_megatron.recipe import SEED, Stage
 
 Floats = NDArray[np.float64]
-Window = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
 
-BTM_ROWS = ("btm:top-1", "btm:top-2", "btm:uniform", "btm:cached", "btm:updating")
-"""By similarity, and by a posterior with that prior."""
-TIMOE_ROWS = ("timoe:uniform", "timoe:posterior")
-_SAMPLE = 100_000
+_SIMILARITY_TOKENS = 100_000
 """Training tokens of each expert that similarity is learnt from."""
+_PRIOR_TOKENS = 20_000
+"""Training tokens of each domain that the cached prior is estimated from."""
 
 
-@dataclass(frozen=True)
-class Heard:
-    """What the experts make of one domain."""
+class Ensembles:
+    """Hears the experts one after another; then knows what mixtures of them make of held-out text."""
 
-    windows: Sequence[Window]
-    log_p_EWS: Floats
-    """Of held-out labels."""
-    training_log_p_EWS: Floats
-    """Of a sample of the domain's training text, for a prior that is estimated once."""
-    training_mask_WS: NDArray[np.float32]
+    def __init__(self, job: Job, stage: Stage, windows: Mapping[str, Windows]) -> None:
+        self._job, self._stage, self._sequence = job, stage, job.recipe.model.seq_length
+        self._sources = {source: _row(source) for source in job.recipe.source_names}
+        self._windows = {"held out": dict(windows)}
+        if "btm:cached" in ensemble_rows(job.recipe):
+            self._windows["prior"] = {name: self._training_windows(name) for name in windows}
+        self._heard: dict[tuple[str, str, str], Floats] = {}
+
+    def hear(self, row: str, model: Model) -> None:
+        """Let the model of a row read everything, if it is one of the experts. A collective."""
+        if row in self._sources.values():
+            for side, domains in self._windows.items():
+                for domain, its in domains.items():
+                    losses = token_losses(model, its, self._stage, self._sequence)
+                    self._heard[side, domain, row] = -losses.astype(np.float64)
+
+    def losses(self) -> dict[str, dict[str, float]]:
+        """Row -> domain -> held-out loss in nats a token."""
+        recipe = self._job.recipe
+        rows: dict[str, dict[str, float]] = {row: {} for row in ensemble_rows(recipe)}
+        similar = _Similarity(self._job) if "btm:top-1" in rows else None
+        for domain in recipe.domain_names:
+            log_p_EWS, tokens_WS, mask_WS = self._of("held out", domain)
+            weights: dict[str, Any] = {}
+            if similar:
+                weights |= similar.weights(tokens_WS, mask_WS)
+                weights |= self._posteriors(domain, log_p_EWS, mask_WS)
+            if recipe.method == "timoe":
+                weights |= self._by_time(domain, log_p_EWS, mask_WS)
+            for row, log_w_EWS in weights.items():
+                rows[row][domain] = mean_loss(mix(log_p_EWS, log_w_EWS, mask_WS), mask_WS)
+        return rows
+
+    def _posteriors(self, domain: str, log_p_EWS: Floats, mask_WS: Floats) -> dict[str, Floats]:
+        training_log_p_EWS, _, training_mask_WS = self._of("prior", domain)
+        prior = cached_prior(training_log_p_EWS, training_mask_WS)
+        return {
+            "btm:uniform": posterior_weights(log_p_EWS, mask_WS),
+            "btm:cached": posterior_weights(log_p_EWS, mask_WS, prior=prior),
+            "btm:updating": posterior_weights(log_p_EWS, mask_WS, prior="updating"),
+        }
+
+    def _by_time(self, domain: str, log_p_EWS: Floats, mask_WS: Floats) -> dict[str, Floats]:
+        """Held-out text of a domain is asked at its end: the experts of later text do not answer."""
+        spans = self._job.recipe.time_windows
+        times = [spans[domain].end] * len(mask_WS)
+        uniform, posterior = TIMOE_ROWS
+        return {
+            uniform: time_weights(log_p_EWS, mask_WS, spans, times, merge="uniform"),
+            posterior: time_weights(log_p_EWS, mask_WS, spans, times, merge="posterior"),
+        }
+
+    def _of(self, side: str, domain: str) -> tuple[Floats, NDArray[np.int64], Floats]:
+        """Log-probabilities [E, W, S] of all experts; tokens and mask [W, S]."""
+        tokens, _, mask = (np.stack(part) for part in zip(*self._windows[side][domain], strict=True))
+        heard = [self._heard[side, domain, row] for row in self._sources.values()]
+        return np.stack(heard), tokens, mask
+
+    def _training_windows(self, domain: str) -> Windows:
+        tokens = _training_tokens(self._job, [domain], _PRIOR_TOKENS)
+        return list(stream_windows(tokens, self._sequence))
 
 
-def ensemble_rows(recipe: Recipe) -> tuple[str, ...]:
-    """The rows that the method or a baseline adds to the result table."""
-    btm = BTM_ROWS if recipe.method == "btm" or "btm" in recipe.baselines else ()
-    return (*btm, *(TIMOE_ROWS if recipe.method == "timoe" else ()))
+def _row(source: str) -> str:
+    return SEED if source == SEED else f"expert:{source}"
 
 
-def ensemble_losses(job: Job, heard: Mapping[str, Heard]) -> dict[str, dict[str, float]]:
-    """Row -> domain -> held-out loss in nats a token."""
-    recipe = job.recipe
-    rows: dict[str, dict[str, float]] = {row: {} for row in ensemble_rows(recipe)}
-    similar = _Similarity(job) if "btm:top-1" in rows else None
-    for domain, its in heard.items():
-        tokens, _, mask = (np.stack(part) for part in zip(*its.windows, strict=True))
-        weights: dict[str, Floats] = {}
-        if similar:
-            weights |= similar.weights(tokens, mask)
-            prior = cached_prior(its.training_log_p_EWS, its.training_mask_WS)
-            weights["btm:uniform"] = posterior_weights(its.log_p_EWS, mask)
-            weights["btm:updating"] = posterior_weights(its.log_p_EWS, mask, prior="updating")
-            weights["btm:cached"] = posterior_weights(its.log_p_EWS, mask, prior=prior)
-        if recipe.method == "timoe":
-            windows = recipe.time_windows
-            times = [windows[domain].end] * len(tokens)
-            for row in TIMOE_ROWS:
-                merge = row.partition(":")[2]
-                weights[row] = time_weights(its.log_p_EWS, mask, windows, times, merge=merge)  # type: ignore[arg-type]
-        for row, log_w in weights.items():
-            rows[row][domain] = mean_loss(mix(its.log_p_EWS, log_w, mask), mask)
-    return rows
+def _training_tokens(job: Job, domains: list[str], count: int) -> NDArray[np.int64]:
+    data, blend = job.recipe.data, dict.fromkeys(domains, 1.0)
+    return training_sample(job.data_folder, data.domains, blend, count, data.random_seed)
 
 
 class _Similarity:
     """Which experts' training text a context is like."""
 
     def __init__(self, job: Job) -> None:
-        recipe = job.recipe
         self._decode = open_tokenizer(tokenizer_path(job.data_folder)).decode
-        self._texts = fit_expert_texts({name: self._sample(job, name) for name in recipe.source_names})
+        self._texts = fit_expert_texts({name: self._sample(job, name) for name in job.recipe.source_names})
 
     def _sample(self, job: Job, source: str) -> list[str]:
-        recipe = job.recipe
-        names = recipe.domain_names if source == SEED else [source]
-        tokens = training_sample(
-            job.data_folder, recipe.data.domains, dict.fromkeys(names, 1.0), _SAMPLE, recipe.data.random_seed
-        )
-        return [self._decode(tokens[start : start + PIECE].tolist()) for start in range(0, len(tokens), PIECE)]
+        domains = job.recipe.domain_names if source == SEED else [source]
+        tokens = _training_tokens(job, domains, _SIMILARITY_TOKENS)
+        return [
+            self._decode(tokens[start : start + PIECE].tolist()) for start in range(0, len(tokens), PIECE)
+        ]
 
-    def weights(self, tokens_WS: NDArray[np.int64], mask_WS: NDArray[np.float32]) -> dict[str, Floats]:
+    def weights(self, tokens_WS: NDArray[np.int64], mask_WS: Floats) -> dict[str, Floats]:
+        """Of top-1 and top-2."""
         contexts = contexts_of(tokens_WS, mask_WS, self._decode)
         return {f"btm:top-{k}": similarity_weights(self._texts, contexts, k) for k in (1, 2)}

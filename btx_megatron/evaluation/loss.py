@@ -10,18 +10,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from btx_megatron.data.held_out import held_out_windows
-from btx_megatron.evaluation.rows import main_row, rows_of
+from btx_megatron.evaluation.rows import ensemble_rows, main_row, rows_of
 from btx_megatron.job import CHECKPOINTS, Job
 from btx_megatron.recipe import Stage
 from btx_megatron.run_folder import stage_folder
 from btx_megatron.runtime import ranks
 from btx_megatron.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from btx_megatron.evaluation.ensembles import Ensembles
 
 Model = Sequence[torch.nn.Module]  # the chunks of this rank
 Windows = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -54,6 +57,7 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
     models: dict[int | None, Model] = {}
     losses: dict[str, dict[str, float]] = {}
     routing: dict[str, Any] = {}
+    ensembles = _ensembles(job, stage, windows)
     for done, (row, made_by) in enumerate(rows.items()):
         if progress:
             progress.update("evaluating", done, len(rows), row)
@@ -67,13 +71,25 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
         for name in recipe.domain_names:
             losses[row][name] = held_out_loss(model, windows[name], stage, recipe.model.seq_length)
             loads.append(take_load(model, recipe.model.num_layers))
+        if ensembles:
+            ensembles.hear(row, model)
         if row == main_row(recipe) and experts:
             routing = _routing(job, stage, model, windows, torch.stack(loads))
+    if ensembles:
+        losses |= ensembles.losses()
     return {
         "held_out_loss": losses,
         "held_out_tokens": {name: int(sum(w[2].sum() for w in windows[name])) for name in windows},
         "routing": routing or None,
     }
+
+
+def _ensembles(job: Job, stage: Stage, windows: dict[str, Windows]) -> Ensembles | None:
+    if not ensemble_rows(job.recipe):
+        return None
+    from btx_megatron.evaluation.ensembles import Ensembles
+
+    return Ensembles(job, stage, windows)
 
 
 def _windows(job: Job, domain: str) -> Windows:

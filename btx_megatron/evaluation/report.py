@@ -18,7 +18,7 @@ from btx_megatron.errors import UserError
 from btx_megatron.estimate import recipe_parameter_counts
 from btx_megatron.estimate_flops import flops_text, training_flops_per_token
 from btx_megatron.evaluation.page import render_page
-from btx_megatron.evaluation.rows import rows_of, spent_on
+from btx_megatron.evaluation.rows import all_rows, spent_on
 from btx_megatron.manifest import Manifest
 from btx_megatron.methods import stage_names, training_stages
 from btx_megatron.recipe import Recipe
@@ -59,7 +59,7 @@ def read_evaluation(recipe: Recipe, run_folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not there; run `btx run` or `btx evaluate` first") from None
     except ValueError:
         raise UserError(f"{path}: broken; delete {path.parent} and run `btx evaluate` again") from None
-    for row in rows_of(recipe):
+    for row in all_rows(recipe):
         if list(evaluation["held_out_loss"].get(row, {})) != recipe.domain_names:
             raise UserError(f"{path}: no losses of '{row}' on every domain; run `btx evaluate` again")
     return evaluation
@@ -93,9 +93,9 @@ def read_curves(recipe: Recipe, run_folder: Path) -> dict[str, list[tuple[int, f
 def summarize(recipe: Recipe, evaluation: dict[str, Any], manifests: dict[str, Manifest]) -> dict[str, Any]:
     """The content of ``summary.json``; ``mean`` is the plain mean over domains."""
     return {
-        "held_out_loss": {row: _with_mean(evaluation["held_out_loss"][row]) for row in rows_of(recipe)},
-        "tokens": {row: sum(_tokens(row, recipe, manifests).values()) for row in rows_of(recipe)},
-        "flops": {row: _flops(row, recipe, manifests) for row in rows_of(recipe)},
+        "held_out_loss": {row: _with_mean(evaluation["held_out_loss"][row]) for row in all_rows(recipe)},
+        "tokens": {row: sum(_tokens(row, recipe, manifests).values()) for row in all_rows(recipe)},
+        "flops": {row: _flops(row, recipe, manifests) for row in all_rows(recipe)},
         "stage_seconds": {stage: manifest.duration_seconds for stage, manifest in manifests.items()},
         "parameters": asdict(recipe_parameter_counts(recipe)),
     }

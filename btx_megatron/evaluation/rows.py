@@ -9,9 +9,30 @@ MOE_ROWS = ("merged", "btx", "sparse_upcycling_dm", "sparse_upcycling_cm")
 """Rows whose model is a mixture of experts."""
 
 
+BTM_ROWS = ("btm:top-1", "btm:top-2", "btm:uniform", "btm:cached", "btm:updating")
+"""Experts chosen by similarity, and weighed by a posterior with that prior."""
+TIMOE_ROWS = ("timoe:uniform", "timoe:posterior")
+"""Experts of earlier text, all alike, and weighed by a posterior."""
+
+
+def ensemble_rows(recipe: Recipe) -> list[str]:
+    """Rows that have no model of their own: the experts' probabilities are mixed."""
+    btm = BTM_ROWS if "btm" in (recipe.method, *recipe.baselines) and recipe.expert_stages else ()
+    return [*btm, *(TIMOE_ROWS if recipe.method == "timoe" else ())]
+
+
+def all_rows(recipe: Recipe) -> list[str]:
+    """Every row of the result table, in its order; the method's own is last."""
+    own = main_row(recipe)
+    rows = [row for row in (*rows_of(recipe), *ensemble_rows(recipe)) if row != own]
+    return [*rows, own]
+
+
 def spent_on(recipe: Recipe, row: str) -> list[str]:
     """The training stages that it took to make a row's model, the seed left out, which every row has."""
     experts = recipe.expert_stages
+    if row in ensemble_rows(recipe):
+        return experts
     stages = {SEED: [], "average": experts, "merged": experts, "btx": [*experts, "finetune"]}
     return stages.get(row, [row])
 
@@ -27,6 +48,7 @@ def rows_of(recipe: Recipe) -> dict[str, str]:
 
 
 def main_row(recipe: Recipe) -> str:
-    """The row of the method itself: that of its last stage; without mixing, the experts' average."""
+    """The row of the method itself: that of its last stage; of ensembles, the one that needs no choice."""
+    ends = {"finetune": "btx", None: {"btm": "btm:updating", "timoe": "timoe:posterior"}.get(recipe.method)}
     main = main_stage(recipe)
-    return {"finetune": "btx", None: "average"}.get(main, main or "")
+    return ends.get(main) or main or ""

@@ -6,7 +6,7 @@ from btx_megatron.columns import columns
 from btx_megatron.data.weights import source_tokens, stage_epochs
 from btx_megatron.estimate import recipe_parameter_counts, stage_tokens
 from btx_megatron.estimate_flops import flops_text, stage_flops
-from btx_megatron.evaluation.rows import rows_of, spent_on
+from btx_megatron.evaluation.rows import all_rows, spent_on
 from btx_megatron.launch.display import clock, how_far
 from btx_megatron.methods import has_moe
 from btx_megatron.pipeline import PipelineStage, stages_of
@@ -54,7 +54,7 @@ def _models_text(recipe: Recipe) -> str:
 def compute_text(recipe: Recipe) -> str:
     """What training each model takes beyond the seed, so that their compute can be compared."""
     rows = [["to train, beyond the seed", "tokens", "FLOPs"]]
-    for row in rows_of(recipe):
+    for row in all_rows(recipe):
         stages = spent_on(recipe, row)
         tokens = sum(stage_tokens(recipe, stage) for stage in stages)
         rows.append([row, f"{tokens:,}", flops_text(sum(stage_flops(recipe, stage) for stage in stages))])

@@ -13,15 +13,9 @@ from hypothesis import strategies as st
 
 from btx_megatron.ensembles.mixture import mix
 from btx_megatron.ensembles.posterior import posterior_weights
-from btx_megatron.ensembles.time_windows import (
-    Merge,
-    TimeWindow,
-    allowed_experts,
-    parse_time,
-    parse_time_window,
-    time_weights,
-)
+from btx_megatron.ensembles.time_windows import Merge, allowed_experts, time_weights
 from btx_megatron.errors import UserError
+from btx_megatron.times import TimeWindow, parse_time, parse_time_window
 
 YEARS = {
     "y13": TimeWindow(2013.0, 2014.0),

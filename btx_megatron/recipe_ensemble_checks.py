@@ -1,0 +1,37 @@
+"""What ensembles of experts ask of a recipe: experts, and for TiMoE times that keep later text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from btx_megatron.recipe import Recipe
+from btx_megatron.times import is_after
+
+
+def ensemble_problems(recipe: Recipe) -> Iterator[str]:
+    """One line for each thing that cannot hold, naming key and fix."""
+    if "btm" in recipe.baselines and (not recipe.expert_stages or recipe.method == "btm"):
+        yield f"baselines: 'btm' beside method {recipe.method}: it has no experts, or is it; leave it out"
+    if recipe.method == "timoe":
+        yield from _time_problems(recipe)
+        return
+    for domain in recipe.data.domains:
+        if domain.start is not None or domain.end is not None:
+            yield f"data.domains.{domain.name}: start and end are for method timoe; leave them out"
+
+
+def _time_problems(recipe: Recipe) -> Iterator[str]:
+    """Every expert begins as the seed, so the seed may know of no time after the first expert's."""
+    if recipe.mix.include_seed:
+        yield "mix.include_seed: the seed has no time window; set it to false for method timoe"
+    ends = [(name, window.end) for name, window in recipe.time_windows.items()]
+    first, end = ends[0]
+    for name, other in ends:
+        first, end = (name, other) if is_after(end, other, f"data.domains.{name}") else (first, end)
+    blend = recipe.stages.seed.blend or dict.fromkeys(recipe.domain_names, 1.0)
+    for name, other in ends:
+        if blend.get(name) and is_after(other, end, f"data.domains.{name}"):
+            yield (
+                f"stages.seed.blend: '{name}' ends after '{first}', whose queries must not know it, and all "
+                f"experts begin as the seed; train the seed on '{first}' alone, or import one"
+            )
