@@ -16,6 +16,13 @@ from matplotlib.figure import Figure  # not pyplot: it would look for a screen
 
 Curve = list[tuple[int, float]]
 
+_STAGE_COLORS = {
+    "seed": "black",
+    "finetune": "C3",
+    "dense": "0.55",
+    "sparse_upcycling_dm": "0.35",
+    "sparse_upcycling_cm": "0.75",
+}
 _DOMAIN_COLORS = ("C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9")  # red is the MoE's, grey the baselines'
 _MAX_ANNOTATED_CELLS = 64  # numbers in a larger heat map could not be read
 
@@ -62,8 +69,8 @@ def _draw_curves(axis: Axes, curves: dict[str, Curve], colors: dict[str, str]) -
     for stage, curve in curves.items():
         tokens, losses = np.array(curve).T
         tokens = (tokens + starts[stage]) / 1e6
-        kind, _, domain = stage.partition(":")
-        color = colors[domain] if domain else {"seed": "black", "finetune": "C3"}.get(kind, "0.55")
+        domain = stage.partition(":")[2]
+        color = colors[domain] if domain else _STAGE_COLORS[stage]
         label = {"finetune": "btx: the MoE stage", "seed": "seed"}.get(stage, stage)
         axis.plot(tokens, losses, color=color, linewidth=0.6, alpha=0.3)
         axis.plot(tokens, running_mean(losses), color=color, linewidth=1.8, label=label)

@@ -183,6 +183,41 @@ def test_no_baseline_no_row(recipe: Recipe, run: Path) -> None:
     assert "`dense`" not in verdict(summary)
 
 
+def test_a_method_without_a_moe_tells_of_no_routing(recipe: Recipe, run: Path, tmp_path: Path) -> None:
+    recipe.method = "dense"
+    content = evaluation() | {"routing": None}
+    (run / "evaluate" / "evaluation.json").write_text(json.dumps(content))
+    summary = write_report(recipe, run, tmp_path / "report")
+    assert list(summary["held_out_loss"]) == list(summary["tokens"]) == ["seed", "dense"]
+    assert list(summary["stage_seconds"]) == ["prepare", "seed", "dense", "evaluate"]
+    assert not (tmp_path / "report" / "routing.png").exists()
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "How `dense` stands" in page
+    assert "- 1.000 nats better than `seed`." in page
+    for word in ("routing.png", "experts (", "btx 0"):
+        assert word not in page
+
+
+def test_sparse_upcycling_is_held_against_btx(recipe: Recipe, run: Path) -> None:
+    """Its tokens and its FLOPs, of a model as large as btx's."""
+    recipe.baselines = ["sparse_upcycling_cm"]
+    for stage in ("upcycle", "sparse_upcycling_cm"):
+        (run / stage).mkdir()
+        (run / stage / "manifest.json").write_text((run / "dense" / "manifest.json").read_text())
+    content = evaluation()
+    content["held_out_loss"]["sparse_upcycling_cm"] = content["held_out_loss"]["dense"]
+    (run / "evaluate" / "evaluation.json").write_text(json.dumps(content))
+    summary = summarize(recipe, read_evaluation(recipe, run), read_manifests(recipe, run))
+    assert list(summary["held_out_loss"])[-2:] == ["sparse_upcycling_cm", "btx"]
+    assert summary["tokens"]["sparse_upcycling_cm"] == TOKENS["dense"]
+    a_token = summary["flops"]["sparse_upcycling_cm"] / TOKENS["dense"]
+    of_btx = summary["flops"]["btx"] - sum(summary["flops"][f"expert:{name}"] for name in DOMAINS)
+    assert a_token == pytest.approx(of_btx / TOKENS["finetune"])
+    assert "than `sparse_upcycling_cm`, copies of the seed, trained for 651 tokens (btx 650) and" in verdict(
+        summary
+    )
+
+
 def remove_manifest(run: Path) -> None:
     (run / "finetune" / "manifest.json").unlink()
 
