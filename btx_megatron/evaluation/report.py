@@ -108,7 +108,10 @@ def rows_table(summary: dict[str, Any]) -> Table:
     losses = summary["held_out_loss"]
     columns = list(next(iter(losses.values())))
     best = {column: min(row[column] for row in losses.values()) for column in columns}
-    table = Table(title="Held-out loss, nats a token", caption="bold: the best of a column; tokens and FLOPs: of training beyond the seed")
+    table = Table(
+        title="Held-out loss, nats a token",
+        caption="bold: the best of a column; tokens and FLOPs: of training beyond the seed",
+    )
     table.add_column("model", min_width=max(map(len, losses)))
     for column in [*columns, "tokens", "FLOPs"]:
         table.add_column(column, justify="right")
