@@ -23,14 +23,14 @@ class ParameterCounts:
 
 
 def parameter_counts(
-    model: Model, vocab_size: int, num_experts: int, topk: int, expert_width: int | None = None
+    model: Model, vocab_size: int, num_experts: int, topk: float, expert_width: int | None = None
 ) -> ParameterCounts:
     """Count the weights of a Llama-shaped model and of the MoE of ``num_experts`` experts.
 
     ``expert_width``: of an expert's feed-forward; None: the model's.
 
     The router is one linear map hidden -> experts a layer, without bias (paper, section 3.2); all of it
-    is active. Of the experts ``topk`` are.
+    is active. Of the experts ``topk`` are, on the mean over the layers.
     """
     heads = model.num_attention_heads
     groups = model.num_query_groups or heads
@@ -47,14 +47,14 @@ def parameter_counts(
     return ParameterCounts(
         dense=shared + a_unit * model.ffn_hidden_size,
         moe_total=shared + num_experts * expert + router,
-        moe_active=shared + topk * expert + router,
+        moe_active=round(shared + topk * expert + router),
     )
 
 
 def recipe_parameter_counts(recipe: Recipe) -> ParameterCounts:
     """The counts of the models that a recipe makes. Raises UserError as vocab_size does."""
     experts = len(recipe.expert_names)
-    topk, width = recipe.moe.topk(experts), recipe.expert_ffn_hidden_size
+    topk, width = recipe.moe.mean_topk(experts, recipe.model.num_layers), recipe.expert_ffn_hidden_size
     return parameter_counts(recipe.model, vocab_size(recipe), experts, topk, width)
 
 

@@ -19,7 +19,8 @@ Conventions, since the field has several: of the S x S scores the half below the
 (Megatron-LM's formula; PaLM's MFU and torch's counter count the square: ``causal=False``); recomputed
 activations are not counted, nor what flash attention computes twice, so that a slower run does not look
 better; what is not a matrix product (norms, RoPE, softmax, SwiGLU's gate, loss, optimizer) is left out.
-Nothing is dropped here, so a token always takes k experts.
+Routes that a capacity drops are counted as if they were taken. k of Sample Top-1 is the mean over its layers,
+of which the first takes all experts.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def forward_flops(
     model: Model,
     vocab_rows: int,
     num_experts: int | None = None,
-    topk: int = 1,
+    topk: float = 1,
     causal: bool = True,
     expert_width: int | None = None,
 ) -> ForwardFlops:
@@ -85,7 +86,7 @@ def forward_flops(
     groups = model.num_query_groups or heads
     width = model.kv_channels or model.hidden_size // heads
     keys = model.seq_length / (2 if causal else 1)
-    width_of_all = model.ffn_hidden_size
+    width_of_all: float = model.ffn_hidden_size
     if num_experts is not None:
         width_of_all = topk * (expert_width or model.ffn_hidden_size)
     return ForwardFlops(
@@ -105,7 +106,8 @@ def training_flops_per_token(recipe: Recipe, stage: str, vocab_rows: int | None 
     if vocab_rows is None:
         vocab_rows = padded_vocab_size(vocab_size(recipe), recipe.model.make_vocab_size_divisible_by)
     experts = recipe.num_experts(stage)
-    topk, width = recipe.moe.topk(experts or 0), recipe.expert_ffn_hidden_size
+    topk = recipe.moe.mean_topk(experts or 0, recipe.model.num_layers)
+    width = recipe.expert_ffn_hidden_size
     forward = forward_flops(recipe.model, vocab_rows, experts, topk, expert_width=width)
     return forward.training(recipe.stage(stage).training.freeze)
 

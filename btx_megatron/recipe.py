@@ -201,6 +201,12 @@ class Moe:
         """Experts a token takes, of so many; of ``sample_top1`` in all layers but the first."""
         return {"top_k": self.moe_router_topk, "soft": experts}.get(self.moe_router_type, 1)
 
+    def mean_topk(self, experts: int, layers: int) -> float:
+        """As ``topk``, the mean over so many layers."""
+        if self.moe_router_type != "sample_top1":
+            return self.topk(experts)
+        return (experts + layers - 1) / layers
+
     def router_text(self, experts: int) -> str:
         """``top-2``, ``switch top-1``, ``soft``, ``sample top-1``."""
         name = {"top_k": "", "switch": "switch ", "sample_top1": "sample "}.get(self.moe_router_type)

@@ -21,7 +21,7 @@ def mix_problems(recipe: Recipe) -> Iterator[str]:
     """Everything in ``mix`` that cannot hold, or would change nothing, with the recipe's method."""
     upcycled = upcycling_stages(recipe)
     mixed = main_stage(recipe) == "finetune"
-    if mixed or recipe.method in ("btm", "cbtm", "timoe"):
+    if mixed or recipe.method in ("btm", "timoe"):
         yield from _average_problems(recipe)
     if mixed or upcycled:
         yield from _layout_problems(recipe)

@@ -15,7 +15,7 @@ from btx_megatron.data.weights import stage_blend
 from btx_megatron.errors import UserError
 from btx_megatron.estimate import parameter_counts, recipe_parameter_counts, stage_tokens
 from btx_megatron.estimate_flops import forward_flops, stage_flops, training_flops_per_token
-from btx_megatron.evaluation.rows import MOE_ROWS, main_row, rows_of, spent_on
+from btx_megatron.evaluation.rows import MOE_ROWS, all_rows, ensemble_rows, main_row, rows_of, spent_on
 from btx_megatron.job import branches_from
 from btx_megatron.launch.tables import plan_text
 from btx_megatron.matching import matched_train_iters, reference_stages
@@ -25,13 +25,17 @@ from btx_megatron.recipe import MATCHED_STAGES, MOE_STAGES, Recipe
 from btx_megatron.recipe_checks import check_recipe, resolve_train_iters
 from btx_megatron.recipe_file import load_recipe, parse_recipe, recipe_to_dict
 
-METHODS = ("btx", "sparse_upcycling", "dense", "btm", "cbtm", "timoe")
+METHODS = ("btx", "sparse_upcycling", "dense", "btm", "timoe")
 EXPERTS = ["expert:a", "expert:b"]
 UPCYCLED = ["sparse_upcycling_dm", "sparse_upcycling_cm"]
 
 
 def recipe_of(resolved: bool = True, **values: Any) -> Recipe:
-    domains = [{"name": name, "sources": [{"path": "x"}]} for name in ("a", "b")]
+    domains: list[dict[str, Any]] = [{"name": name, "sources": [{"path": "x"}]} for name in ("a", "b")]
+    if values.get("method") == "timoe":
+        for year, domain in enumerate(domains, 2020):
+            domain |= {"start": str(year), "end": str(year)}
+        values |= {"mix": {"include_seed": False}, "stages": {"seed": {"blend": {"a": 1}}}}
     training = {"train_iters": 10, "lr_warmup_iters": 0, "global_batch_size": 4}
     tree = {"data": {"domains": domains}, "tokenizer": {"vocab_size": 300}, "training": training, **values}
     recipe = parse_recipe(tree)
@@ -49,7 +53,6 @@ def recipe_of(resolved: bool = True, **values: Any) -> Recipe:
         ({"method": "sparse_upcycling"}, ["upcycle", "sparse_upcycling_dm"]),
         ({"method": "sparse_upcycling", "upcycling_match": "compute"}, ["upcycle", "sparse_upcycling_cm"]),
         ({"method": "btm"}, [*EXPERTS, "average"]),
-        ({"method": "cbtm"}, [*EXPERTS, "average"]),
         ({"method": "timoe"}, [*EXPERTS, "average"]),
         (
             {"baselines": ["dense", *UPCYCLED]},
@@ -96,11 +99,14 @@ def test_what_the_mix_reads() -> None:
 def test_rows_are_stages_and_the_methods_own_is_last(method: str) -> None:
     recipe = recipe_of(method=method, baselines=["dense", *UPCYCLED])
     rows = rows_of(recipe)
+    shown = all_rows(recipe)
     names = [stage.name for stage in stages_of(recipe)]
     assert set(rows.values()) <= set(names)
-    assert main_row(recipe) in rows
-    if method in ("btx", "sparse_upcycling", "dense"):
-        assert list(rows)[-1] == main_row(recipe)
+    assert shown[-1] == main_row(recipe)
+    assert set(shown) == {*rows, *ensemble_rows(recipe)}
+    assert bool(ensemble_rows(recipe)) == (method in ("btm", "timoe"))
+    for row in ensemble_rows(recipe):
+        assert spent_on(recipe, row) == recipe.expert_stages
     for row, stage in rows.items():
         assert (recipe.num_experts(stage) is not None) == (row in MOE_ROWS)
         assert set(spent_on(recipe, row)) <= set(training_stages(recipe)) - {"seed"}

@@ -68,7 +68,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "moe.moe_router_topk 5 is more than the 4 experts (prose, code, math, seed)",
     ),
     ({"moe.moe_router_topk": 0}, "moe.moe_router_topk 0: must be at least 1"),
-    ({"moe.moe_router_topk": 1}, "set moe_router_pre_softmax: true (Switch) or moe_router_topk >= 2"),
+    ({"moe.moe_router_topk": 1}, "set moe_router_type: switch or sample_top1"),
     ({"moe.moe_aux_loss_coeff": -0.1}, "moe.moe_aux_loss_coeff -0.1: must be at least 0"),
     ({"mix.router_std": 0.0}, "mix.router_std 0.0: must be above 0"),
     # stages

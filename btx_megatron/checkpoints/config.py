@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from btx_megatron.errors import UserError
+from btx_megatron.recipe import Moe
 
 TokenIds = int | tuple[int, ...] | None
 """The number of a special token; a few models have several that end a text."""
@@ -36,6 +37,9 @@ class ModelConfig:
     num_experts: int | None = None
     moe_router_topk: int = 2
     moe_router_pre_softmax: bool = False
+    moe_router: tuple[tuple[str, Any], ...] = ()
+    """The recipe's ``moe`` keys of a router that is more than top-k, as sorted pairs: what neither
+    Megatron-LM nor Mixtral knows of it."""
     bos_token_id: TokenIds = None
     eos_token_id: TokenIds = None
 
@@ -239,10 +243,32 @@ def from_recipe(recipe: Mapping[str, Any], num_experts: int | None, vocab_size: 
         tied=not model["untie_embeddings_and_output_weights"],
         vocab_size=vocab_size,
         num_experts=num_experts,
-        moe_router_topk=moe["moe_router_topk"],
-        moe_router_pre_softmax=moe["moe_router_pre_softmax"],
+        **(_router(moe, num_experts) if num_experts else {}),
         rope_scaling=_llama3(model["rope_scaling_factor"]) if model.get("use_rope_scaling") else None,
     )
+
+
+_ROUTER_KEYS = (
+    "moe_router_type", "moe_expert_capacity_factor", "moe_router_logit_norm_scale",
+    "moe_router_one_per_group", "moe_router_inference", "moe_router_seed",
+)  # fmt: skip
+
+
+def _router(moe: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
+    """Soft is top-k of all experts; Switch, but for what it drops, top-1 behind the softmax."""
+    known = {field.name for field in fields(Moe)}
+    settings = Moe(**{key: value for key, value in moe.items() if key in known})
+    topk, plain = settings.topk(num_experts), Moe()
+    special = {key: getattr(settings, key) for key in _ROUTER_KEYS}
+    special["moe_expert_capacity_factor"] = settings.capacity_factor
+    if settings.moe_router_type == "soft":
+        special["moe_router_type"] = "top_k"
+    differs = {key: value for key, value in special.items() if value != getattr(plain, key)}
+    return {
+        "moe_router_topk": topk,
+        "moe_router_pre_softmax": settings.moe_router_pre_softmax or settings.moe_router_type == "switch",
+        "moe_router": tuple(sorted(differs.items())),
+    }
 
 
 def from_args(args: Any, where: str) -> ModelConfig:
@@ -266,6 +292,7 @@ def from_args(args: Any, where: str) -> ModelConfig:
             num_experts=getattr(args, "num_experts", None),
             moe_router_topk=getattr(args, "moe_router_topk", 2),
             moe_router_pre_softmax=getattr(args, "moe_router_pre_softmax", False),
+            moe_router=tuple(sorted((getattr(args, "btx_moe_router", None) or {}).items())),
             bos_token_id=_token_ids(getattr(args, "bos_token_id", None)),
             eos_token_id=_token_ids(getattr(args, "eos_token_id", None)),
         )
@@ -333,6 +360,8 @@ def to_args(config: ModelConfig, padded_vocab_size: int) -> Namespace:
             "moe_router_pre_softmax": config.moe_router_pre_softmax,
             "moe_ffn_hidden_size": config.ffn_hidden_size,
         }
+        if config.moe_router:
+            values["btx_moe_router"] = dict(config.moe_router)  # ours: Megatron-LM does not look at it
     return Namespace(**values, **_megatron_rope(config))
 
 

@@ -337,7 +337,17 @@ def approximations(config: ModelConfig) -> list[str]:
             "moe_router_pre_softmax: Mixtral renormalises the gates of the chosen experts, this model "
             "does not"
         )
-    return differs
+    return differs + [
+        _ROUTER_LIMITS[key].format(value=value) for key, value in config.moe_router if key in _ROUTER_LIMITS
+    ]
+
+
+_ROUTER_LIMITS = {
+    "moe_router_type": "moe_router_type {value}: Mixtral takes the best k experts in every layer",
+    "moe_expert_capacity_factor": "moe_expert_capacity_factor {value}: Mixtral drops no token",
+    "moe_router_logit_norm_scale": "moe_router_logit_norm_scale {value}: Mixtral's logits are not normalised",
+    "moe_router_one_per_group": "moe_router_one_per_group: Mixtral's experts have no groups",
+}
 
 
 def _expert_files(tensors: Mapping[str, TensorInfo], ranks: int) -> Any:

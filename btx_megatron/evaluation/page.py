@@ -3,6 +3,7 @@ was not measured. Every sentence about a result is made from the numbers, whiche
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from datetime import UTC, datetime
@@ -23,7 +24,6 @@ _TITLES = {
     "sparse_upcycling": "Sparse upcycling",
     "dense": "Dense training continued",
     "btm": "Branch-Train-Merge",
-    "cbtm": "Cluster-Branch-Train-Merge",
     "timoe": "Time-aware mixture of experts",
 }
 
@@ -45,6 +45,7 @@ def render_page(
         loss_table(summary),
         f"How `{main_row(recipe)}` stands, on the mean:",
         verdict(summary, main_row(recipe)),
+        *filter(None, [retention_text(summary["held_out_loss"], main_row(recipe))]),
         "![Training and held-out loss](losses.png)",
         *routing_section(evaluation["routing"]),
         "## What was run",
@@ -113,7 +114,31 @@ def routing_section(routing: dict[str, Any] | None) -> list[str]:
     if not routing:
         return []
     picture = "![Share of the routes by domain, layer and expert](routing.png)"
-    return ["## Routing of the MoE", routing_text(routing), picture]
+    return ["## Routing of the MoE", routing_text(routing), picture, routing_table(routing)]
+
+
+def routing_table(routing: dict[str, Any]) -> str:
+    """Layer by layer: experts a token, and how well its domain is told from them (``specialization``)."""
+    told = ("active_experts", "mutual_information", "balanced_accuracy")
+    layers = zip(*(routing[key] for key in told), strict=True)
+    lines = [
+        [str(layer), f"{active:.2f}", f"{information:.3f}", f"{accuracy:.0%}"]
+        for layer, (active, information, accuracy) in enumerate(layers)
+    ]
+    domains = len(routing["domains"])
+    text = (
+        "How well a token's domain is told from the experts that it took: mutual information in nats (at "
+        f"most {math.log(domains):.3f}), and the balanced accuracy of a guess ({1 / domains:.0%} by chance)."
+    )
+    head = ["layer", "experts a token", "mutual information", "guessed right"]
+    return f"{_table(head, lines)}\n\n{text}"
+
+
+def retention_text(losses: Losses, main: str) -> str:
+    """The method on each domain beside the domain's own expert; nothing where there are no experts."""
+    domains = [row.partition(":")[2] for row in losses if row.startswith("expert:")]
+    parts = [f"{name} {losses[main][name] - losses[f'expert:{name}'][name]:+.3f}" for name in domains]
+    return f"Beside each domain's own expert, in nats a token: {', '.join(parts)}." if parts else ""
 
 
 def routing_text(routing: dict[str, Any]) -> str:

@@ -215,6 +215,9 @@ def _print_flags(output: Path, kind: Format, parallel: Parallel) -> None:
     print("Megatron-LM loads it with:")
     for flag in megatron_flags(config, result.tensors[_EMBEDDING].shape[0], output, kind, parallel):
         print(f"  {flag} \\")
+    for key, value in config.moe_router:
+        if key != "moe_expert_capacity_factor":
+            print(f"Megatron-LM does not know {key} {value}: it will route otherwise")
 
 
 class _TerminalProgress:

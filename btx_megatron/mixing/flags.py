@@ -48,6 +48,7 @@ def megatron_flags(
             f"--moe-router-topk {config.moe_router_topk}",
             "--moe-router-dtype fp32",
             *(["--moe-router-pre-softmax"] if config.moe_router_pre_softmax else []),
+            *capacity_flags(config),
         ]
     if to == "megatron":
         # each layer's empty _extra_state is asked for and not written: by default Megatron stops at that
@@ -59,3 +60,11 @@ def megatron_flags(
             f"--expert-model-parallel-size {parallel.expert}",
         ]
     return flags
+
+
+def capacity_flags(config: ModelConfig) -> list[str]:
+    """What Megatron-LM has for an expert's capacity. Its choice of tokens is another (docs/log.md)."""
+    factor = dict(config.moe_router).get("moe_expert_capacity_factor")
+    if factor is None:
+        return []
+    return [f"--moe-expert-capacity-factor {factor}", "--moe-token-drop-policy position"]

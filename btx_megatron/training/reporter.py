@@ -35,7 +35,7 @@ class Reporter:
     def __init__(self, job: Job, stage: Stage, model: Sequence[torch.nn.Module], done: int) -> None:
         """``done``: steps that the checkpoint has."""
         self._stage, self._model, self._layers = stage, model, job.recipe.model.num_layers
-        self._experts = len(job.recipe.expert_names) if job.stage == "finetune" else None
+        self._experts = job.recipe.num_experts(job.stage)
         first = torch.distributed.get_rank() == 0
         self._teller = _Teller(job, stage, done) if first else None
 

@@ -52,7 +52,7 @@ def _run_training(job: Job, heartbeat: Heartbeat) -> dict[str, Any]:
         job.recipe,
         stage,
         padded_vocab_size=statistics["padded_vocab_size"],
-        num_experts=len(job.recipe.expert_names) if job.stage == "finetune" else None,
+        num_experts=job.recipe.num_experts(job.stage),
     )
     state = TrainingState(
         trainer.model, trainer.optimizer, trainer.scheduler, stage.layout, adaptive=trainer.adaptive

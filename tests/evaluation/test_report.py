@@ -94,7 +94,14 @@ def evaluation() -> dict[str, Any]:
     return {
         "held_out_loss": {row: dict(zip(DOMAINS, values, strict=True)) for row, values in LOSSES.items()},
         "held_out_tokens": {"prose": 1000, "code": 1100, "math": 1200},
-        "routing": {"share": share, "domains": DOMAINS, "experts": [*DOMAINS, "seed"]},
+        "routing": {
+            "share": share,
+            "domains": DOMAINS,
+            "experts": [*DOMAINS, "seed"],
+            "active_experts": [2.0] * len(share[0]),
+            "mutual_information": [0.25] * len(share[0]),
+            "balanced_accuracy": [0.75] * len(share[0]),
+        },
     }
 
 
