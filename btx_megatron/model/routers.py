@@ -133,6 +133,11 @@ class Router(TopKRouter):
         self.step_load.zero_()
         return load
 
+    @property
+    def has_capacity(self) -> bool:
+        """Whether an expert has room for so many tokens only."""
+        return self._capacity_factor is not None
+
     def take_drops(self) -> Tensor:
         """Routes that were dropped over the capacity on this rank since the last call."""
         drops = self.dropped_routes.clone()

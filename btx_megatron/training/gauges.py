@@ -23,14 +23,22 @@ def read_gauges(model: Sequence[torch.nn.Module], num_layers: int, num_experts: 
     ``model``: this rank's chunks of a model of ``num_layers`` and ``num_experts`` (None: dense).
     """
     routes = torch.zeros(num_layers, num_experts or 0, dtype=torch.int64, device=device())
+    dropped = torch.zeros(num_layers + 1, dtype=torch.int64, device=device())  # last: whether there are any
     for layer, router in routers_of(model).items():
         routes[layer] = router.take_load()
+        if router.has_capacity:
+            dropped[layer], dropped[-1] = router.take_drops(), 1
     memory = torch.zeros(torch.distributed.get_world_size(), dtype=torch.int64, device=device())
     memory[torch.distributed.get_rank()] = memory_bytes()  # each rank in its place: a sum keeps them apart
-    both = torch.cat([routes.flatten(), memory])
-    torch.distributed.all_reduce(both)
-    routes, memory = both[: routes.numel()].view_as(routes), both[routes.numel() :]
-    return Gauges(int(memory.max()), routes.tolist() if num_experts else [])
+    parts = [routes.flatten(), memory, dropped]
+    whole = torch.cat(parts)
+    torch.distributed.all_reduce(whole)
+    routes, memory, dropped = whole.split([len(part) for part in parts])
+    return Gauges(
+        int(memory.max()),
+        routes.view(num_layers, -1).tolist() if num_experts else [],
+        dropped[:-1].tolist() if dropped[-1] else [],
+    )
 
 
 def memory_bytes() -> int:

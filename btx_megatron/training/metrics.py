@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,8 @@ class Gauges:
     """Of the rank that takes most: resident on a CPU; on a GPU the most that its tensors ever took."""
     routes: list[list[int]]
     """[layers][experts] routes that each expert took since the last reading; [] of a dense model."""
+    dropped: list[int] = field(default_factory=list)
+    """[layers] routes that found no room; [] where nothing bounds an expert's room."""
 
     @property
     def load(self) -> ExpertLoad | None:
@@ -143,6 +145,8 @@ def step_record(
         record["memory_bytes"] = gauges.memory_bytes
         if gauges.load:
             record["expert_load"] = asdict(gauges.load)
+        if gauges.dropped:
+            record["dropped_routes"] = gauges.dropped
     return record
 
 
@@ -191,4 +195,5 @@ def _gauges(gauges: Gauges) -> str:
     if load is None:
         return text
     share = f"{min(load.min):.3f}/{max(load.max):.3f}"
-    return f"{text} expert load min/max: {share} | dead experts: {sum(load.dead):3d} |"
+    text = f"{text} expert load min/max: {share} | dead experts: {sum(load.dead):3d} |"
+    return f"{text} dropped routes: {sum(gauges.dropped)} |" if gauges.dropped else text

@@ -1,0 +1,84 @@
+"""Whole runs of the methods beside the plain one, on tiny models, through the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from faulty import RECIPE
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+DOMAINS = [
+    {"name": "json", "sources": [{"path": "stdlib:", "include": ["json/*.py"]}]},
+    {"name": "mail", "sources": [{"path": "stdlib:", "include": ["email/*.py"]}]},
+]
+TRAINING = RECIPE["training"] | {"train_iters": 12, "save_interval": 100, "lr_warmup_iters": 2}
+
+
+def run(folder: Path, **values: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Summary and evaluation of a run."""
+    recipe = RECIPE | {"data": {"domains": DOMAINS}, "training": TRAINING, "run_folder": str(folder / "run")}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | values))
+    done = subprocess.run(
+        [sys.executable, "-m", "btx_megatron", "run", str(folder / "recipe.yaml")],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [folder / "run" / "report" / "summary.json", folder / "run" / "evaluate" / "evaluation.json"]
+    summary, evaluation = (json.loads(path.read_text()) for path in told)
+    for losses in summary["held_out_loss"].values():
+        assert all(1 < loss < 7 for loss in losses.values())
+    return summary, evaluation
+
+
+def test_sampled_halves_of_experts_beside_btm_and_sparse_upcycling(tmp_path: Path) -> None:
+    summary, evaluation = run(
+        tmp_path,
+        mix={"experts": "split", "chunks": 2, "average": "ties", "router_init": "centroid"},
+        moe={"moe_router_type": "sample_top1", "moe_aux_loss_adaptive": True},
+        baselines=["btm", "sparse_upcycling_dm"],
+        stages={"finetune": {"layout": {"expert_model_parallel_size": 2}}},
+    )
+    losses, routing = summary["held_out_loss"], evaluation["routing"]
+    assert routing["experts"] == ["json.0", "json.1", "mail.0", "mail.1", "seed.0", "seed.1"]
+    assert routing["active_experts"] == pytest.approx([6, 1])  # the first layer is soft
+    assert routing["mutual_information"][0] == pytest.approx(0, abs=1e-12)  # all tokens take all experts
+    assert routing["balanced_accuracy"][0] == pytest.approx(0.5)
+    assert 0 <= routing["mutual_information"][1] <= math.log(2)
+    assert list(losses)[-1] == "btx"
+    experts = ["expert:json", "expert:mail", "seed"]
+    for domain in ("json", "mail"):
+        apart = [losses[row][domain] for row in experts]
+        for row in ("btm:top-1", "btm:top-2", "btm:uniform", "btm:cached", "btm:updating"):
+            assert min(apart) - 0.5 < losses[row][domain] < max(apart) + 1e-6
+        # of a posterior the regret is at most the log of the number of experts, over a window's tokens
+        assert losses["btm:uniform"][domain] <= min(apart) + math.log(3) / 20
+    tokens = summary["tokens"]
+    assert tokens["btm:top-1"] == tokens["average"] < tokens["btx"] == tokens["sparse_upcycling_dm"]
+
+
+def test_time_slices(tmp_path: Path) -> None:
+    """A question of the earlier slice is answered by that slice's expert alone, to the last bit of its loss."""
+    years = [domain | {"start": 2000 + year, "end": 2001 + year} for year, domain in enumerate(DOMAINS)]
+    summary, _ = run(
+        tmp_path,
+        method="timoe",
+        data={"domains": years},
+        mix={"include_seed": False},
+        stages={"seed": {"blend": {"json": 1}}},
+    )
+    losses = summary["held_out_loss"]
+    for row in ("timoe:uniform", "timoe:posterior"):
+        assert losses[row]["json"] == pytest.approx(losses["expert:json"]["json"], abs=1e-6)
+        assert losses[row]["mail"] != pytest.approx(losses["expert:mail"]["mail"], abs=1e-4)
