@@ -84,8 +84,8 @@ def verdict(summary: dict[str, Any], main: str = "btx") -> str:
         if row == main:
             continue
         line = f"- {_compare(losses[main]['mean'], values['mean'], f'`{row}`')}"
-        domain = row.partition(":")[2]
-        if domain:
+        kind, _, domain = row.partition(":")
+        if kind == "expert":
             line += f"; on its own domain, {_compare(losses[main][domain], values[domain], 'it')}"
         if row in MATCHED_STAGES:
             line += _cost(summary, row, main)
