@@ -31,7 +31,7 @@ RECIPE: dict[str, Any] = {
     },
     "moe": {"moe_router_topk": 2},
     "training": {
-        "train_iters": 200,
+        "train_iters": 600,  # more than the kills of a test let it come
         "micro_batch_size": 1,
         "global_batch_size": 2,
         "lr": 3e-3,
