@@ -66,7 +66,7 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
             models[experts] = build_model(recipe, stage, vocabulary, experts)
         model = models[experts]
         load_weights(job.run_folder / stage_folder(made_by) / CHECKPOINTS, model)
-        take_routing_share(model, recipe.model.num_layers)
+        take_load(model, recipe.model.num_layers)  # of what ran before
         losses[row], loads = {}, []
         for name in recipe.domain_names:
             losses[row][name] = held_out_loss(model, windows[name], stage, recipe.model.seq_length)
@@ -141,17 +141,11 @@ def _batches(windows: Windows, size: int, count: int, rank: int, dp: int) -> Ite
         }
 
 
-def take_routing_share(model: Model, num_layers: int) -> list[list[float]]:
-    """[layers][experts] share of the routes that each expert took since the last call; [] if dense.
-
-    Counted over all ranks, and over the tokens that the loss counts.
-    """
-    load = take_load(model, num_layers)
-    return shares(load).tolist() if load.numel() else []
-
-
 def take_load(model: Model, num_layers: int) -> torch.Tensor:
-    """[layers, experts] routes that each expert took since the last call, over all ranks; empty if dense."""
+    """[layers, experts] routes that each expert took since the last call, over all ranks; empty if dense.
+
+    Counted are those of the tokens that the loss counts.
+    """
     from btx_megatron.model.routers import routers_of
 
     routers = routers_of(model)

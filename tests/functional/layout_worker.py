@@ -305,14 +305,14 @@ def held_out(layout: Layout, folder: Path) -> dict[str, Any]:
     import numpy as np
 
     from btx_megatron.data.held_out import stream_windows
-    from btx_megatron.evaluation.loss import held_out_loss, take_routing_share
+    from btx_megatron.evaluation.loss import held_out_loss, shares, take_load
 
     run = Run("moe", layout, folder)
     stream = np.concatenate([RandomSamples()[number]["tokens"].numpy() for number in range(3)])
     windows = list(stream_windows(stream[: 2 * MODEL.seq_length + 4], MODEL.seq_length))
     stage = Stage(training=replace(TRAINING, micro_batch_size=8), layout=layout)
     loss = held_out_loss(run.trainer.model, windows, stage, MODEL.seq_length)
-    return {"loss": loss, "share": take_routing_share(run.trainer.model, MODEL.num_layers)}
+    return {"loss": loss, "share": shares(take_load(run.trainer.model, MODEL.num_layers)).tolist()}
 
 
 def balancing_gradients() -> dict[str, Any]:

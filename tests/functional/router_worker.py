@@ -41,6 +41,30 @@ RECOMPUTED = {
 DROPPING = Moe(moe_router_type="switch", moe_expert_capacity_factor=0.5)
 
 
+MORE = {"plain": Moe(), "aux": Moe(moe_router_load_balancing_type="aux_loss")}
+EQUATIONS = ("plain", "aux", "switch", "soft", "normalised", "z-loss", "sequence", "global")
+
+
+def equation(kind: str, folder: Path) -> dict[str, Any]:
+    """Gates of a router for fixed logits, and the gradient of weighted gates and of its losses."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from btx_megatron.model.routers import batch_context, routers_of, take_balancing_loss
+
+    router = routers_of(Run(kind, Layout(), folder).trainer.model)[1]
+    generator = torch.Generator().manual_seed(11)
+    logits = (2 * torch.randn(6, 2, EXPERTS, generator=generator)).requires_grad_()
+    weights = torch.randn(12, EXPERTS, generator=generator)
+    batch_context.loss_mask = None
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    gates, _ = router.routing(logits)
+    (gates * weights).sum().backward()
+    assert logits.grad is not None
+    take_balancing_loss()  # no step's
+    tensors = {"logits": logits, "weights": weights, "gates": gates, "grad": logits.grad}
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
 def resumed(folder: Path) -> dict[str, Any]:
     """Sample Top-1 and adaptive balancing, interrupted half way and not."""
     from btx_megatron.training.checkpoint import resume
@@ -75,7 +99,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     ranks.start_ranks()
     world = torch.distributed.get_world_size()
-    layout_worker.MOES |= MOES | {"dropping": DROPPING}
+    layout_worker.MOES |= MOES | MORE | {"dropping": DROPPING}
     layouts = {"1 process": Layout()} if world == 1 else LAYOUTS
     result: dict[str, Any] = {
         f"{kind} {name}": Run(kind, layout, folder).steps(STEPS)
@@ -84,6 +108,7 @@ def main() -> None:
     }
     if world == 1:
         result["dropping"] = dropped(folder)
+        result["equations"] = {kind: equation(kind, folder) for kind in EQUATIONS}
         for name in ("kept", "full"):
             result[f"recomputed {name}"] = Run("sample", RECOMPUTED[name], folder).steps(STEPS)
     else:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from layout_worker import EXPERTS, MODEL, TRAINING
-from router_worker import LAYOUTS, MOES, STEPS
+from router_worker import EQUATIONS, LAYOUTS, MOES, MORE, STEPS
 from torchrun import torchrun
 
 pytestmark = pytest.mark.timeout(900)
@@ -25,11 +26,12 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return told
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", MOES)
+# Megatron's global loss has a running mean over micro-batches, and with DP there are fewer of them
+COMPARED = [(kind, layout) for kind in MOES for layout in LAYOUTS if (kind, layout) != ("global", "EP2")]
+
+
+@pytest.mark.parametrize(("kind", "layout"), COMPARED)
 def test_losses_are_those_of_one_process(result: dict[str, Any], kind: str, layout: str) -> None:
-    if (kind, layout) == ("global", "EP2"):
-        pytest.skip("Megatron's u is a running mean over micro-batches, and with DP there are fewer of them")
     reference, here = result[f"{kind} 1 process"], result[f"{kind} {layout}"]
     assert len(here["loss"]) == STEPS
     assert here["loss"] == pytest.approx(reference["loss"], abs=1e-5)
@@ -66,3 +68,45 @@ def test_what_has_no_room_is_dropped_and_counted(result: dict[str, Any]) -> None
         assert sum(taken) + dropped == tokens
         assert dropped >= tokens // 2
         assert max(taken) <= room * micro_batches
+
+
+@pytest.mark.parametrize("kind", EQUATIONS)
+def test_gates_and_losses_are_the_equations(result: dict[str, Any], kind: str) -> None:
+    """Values and gradients, against the definitions in docs/methods.md. Shapes: S, B, E; T = S * B."""
+    case, moe = result["equations"][kind], (MOES | MORE)[kind]
+    raw = torch.tensor(case["logits"], requires_grad=True)
+    logits = raw
+    if moe.moe_router_logit_norm_scale is not None:
+        centred = raw - raw.mean(-1, keepdim=True)
+        logits = moe.moe_router_logit_norm_scale * centred / centred.square().mean(-1, keepdim=True).sqrt()
+    flat, k = logits.flatten(0, 1), moe.topk(EXPERTS)
+    taken = torch.zeros_like(flat).scatter(1, flat.topk(k).indices, 1.0)
+    exponentials = flat.exp() * (1 if moe.moe_router_type == "switch" else taken)
+    gates = taken * exponentials / exponentials.sum(1, keepdim=True)
+    torch.testing.assert_close(torch.tensor(case["gates"]), gates)
+    p_SBE, taken_SBE = logits.softmax(-1), taken.view_as(logits)
+    alpha, balancing = moe.moe_aux_loss_coeff, moe.moe_router_load_balancing_type
+    if balancing == "btx":
+        loss = alpha * EXPERTS * (gates.mean(0) * p_SBE.mean((0, 1))).sum()
+    elif balancing == "seq_aux_loss":
+        loss = alpha * EXPERTS * (taken_SBE.mean(0) / k * p_SBE.mean(0)).sum(-1).mean()
+    else:  # one micro-batch is the whole batch here
+        loss = alpha * EXPERTS * (taken.mean(0) / k * p_SBE.mean((0, 1))).sum()
+    if moe.moe_z_loss_coeff is not None:
+        loss = loss + moe.moe_z_loss_coeff * logits.logsumexp(-1).square().mean()
+    weights = torch.tensor(case["weights"])
+    ((gates * weights).sum() + len(flat) * loss).backward()  # losses count by the token (Trainer)
+    assert raw.grad is not None
+    torch.testing.assert_close(torch.tensor(case["grad"]), raw.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adaptive_weight_follows_its_layer() -> None:
+    from btx_megatron.runtime import cpu_backend
+
+    cpu_backend.install()
+    from btx_megatron.training.adaptive import next_coefficients
+
+    load = torch.tensor([[10, 10, 10, 10], [40, 0, 0, 0], [13, 9, 9, 9]])
+    found = next_coefficients([0.01, 0.01, 0.002], load, most=0.01)
+    beyond = 13 / 40 - 1 / 4
+    assert found == pytest.approx([0.0099, 0.01, 0.99 * 0.002 + 0.01 * min(0.01, beyond / 5)])
