@@ -61,9 +61,10 @@ class Domain:
     sources: list[Source] = field(default_factory=list)
     """Where its text comes from."""
     start: str | None = None
-    """For ``method: timoe``: the earliest time of its text, a number (year) or a date YYYY-MM-DD."""
+    """The earliest time of its text, a number (year) or a date YYYY-MM-DD; for ``method: timoe`` and
+    ``moe.moe_router_time_mask``."""
     end: str | None = None
-    """For ``method: timoe``: the latest time of its text; queries of earlier times do not see its expert."""
+    """The latest time of its text; queries of earlier times do not see its expert."""
 
 
 @dataclass
@@ -179,6 +180,9 @@ class Moe:
     moe_router_one_per_group: bool = False
     """A token takes at most one expert of each domain, where a domain has several (``mix.experts`` split or
     copies); needs at least as many domains as experts a token."""
+    moe_router_time_mask: bool = False
+    """TiMoE's mask: a token takes no expert whose domain ends (``end``) after its own domain does; every
+    domain needs a start and an end."""
     moe_router_load_balancing_type: Literal["btx", "aux_loss", "seq_aux_loss", "global_aux_loss", "none"] = (
         "btx"
     )
@@ -262,6 +266,9 @@ class Evaluate:
     """Windows a rank takes at once."""
     layout: Layout = field(default_factory=Layout)
     """The layout of the evaluation; experts and ensembles alike."""
+    opt_out: list[str] = field(default_factory=list)
+    """Domains (or ``seed``, where it joins the mix) whose experts are opted out of the MoE, one at a time: a
+    row ``without:DOMAIN`` each, of the same weights with those experts masked."""
 
 
 @dataclass
@@ -344,7 +351,9 @@ class Recipe:
         for domain in self.data.domains:
             where = f"data.domains.{domain.name}"
             if domain.start is None or domain.end is None:
-                raise UserError(f"{where}: method timoe needs the start and the end of its text")
+                raise UserError(
+                    f"{where}: the start and the end of its text are missing; masks by time need them"
+                )
             spans[domain.name] = parse_time_window(domain.start, domain.end, where)
         return spans
 

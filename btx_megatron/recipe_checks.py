@@ -18,6 +18,7 @@ from btx_megatron.methods import has_moe, training_stages
 from btx_megatron.recipe import MATCHED_STAGES, SEED, Data, Model, Recipe, Source, Stage, Training
 from btx_megatron.recipe_ensemble_checks import ensemble_problems
 from btx_megatron.recipe_layout_checks import dense_layout_problems, layout_problems
+from btx_megatron.recipe_mask_checks import mask_problems
 from btx_megatron.recipe_mix_checks import mix_problems
 from btx_megatron.recipe_moe_checks import moe_problems
 from btx_megatron.recipe_numbers import at_least, divisors, positive
@@ -63,6 +64,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             )
     for name in sorted({name for name in recipe.baselines if recipe.baselines.count(name) > 1}):
         yield f"baselines: '{name}' is given {recipe.baselines.count(name)} times; once is enough"
+    yield from mask_problems(recipe)
     yield from ensemble_problems(recipe)
     if recipe.upcycling_match != "data" and recipe.method != "sparse_upcycling":
         yield "upcycling_match is for method sparse_upcycling; put sparse_upcycling_cm under baselines"

@@ -14,10 +14,14 @@ def ensemble_problems(recipe: Recipe) -> Iterator[str]:
         yield f"baselines: 'btm' beside method {recipe.method}: it has no experts, or is it; leave it out"
     if recipe.method == "timoe":
         yield from _time_problems(recipe)
+    if recipe.method == "timoe" or recipe.moe.moe_router_time_mask:
         return
     for domain in recipe.data.domains:
         if domain.start is not None or domain.end is not None:
-            yield f"data.domains.{domain.name}: start and end are for method timoe; leave them out"
+            yield (
+                f"data.domains.{domain.name}: start and end are for method timoe and "
+                "moe.moe_router_time_mask; leave them out"
+            )
 
 
 def _time_problems(recipe: Recipe) -> Iterator[str]:

@@ -250,7 +250,7 @@ def from_recipe(recipe: Mapping[str, Any], num_experts: int | None, vocab_size: 
 
 _ROUTER_KEYS = (
     "moe_router_type", "moe_expert_capacity_factor", "moe_router_logit_norm_scale",
-    "moe_router_one_per_group", "moe_router_inference", "moe_router_seed",
+    "moe_router_one_per_group", "moe_router_inference", "moe_router_seed", "moe_router_time_mask",
 )  # fmt: skip
 
 

@@ -347,6 +347,7 @@ _ROUTER_LIMITS = {
     "moe_expert_capacity_factor": "moe_expert_capacity_factor {value}: Mixtral drops no token",
     "moe_router_logit_norm_scale": "moe_router_logit_norm_scale {value}: Mixtral's logits are not normalised",
     "moe_router_one_per_group": "moe_router_one_per_group: Mixtral's experts have no groups",
+    "moe_router_time_mask": "moe_router_time_mask: Mixtral's experts have no time; later ones will answer",
 }
 
 

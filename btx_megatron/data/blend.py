@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from btx_megatron.data.folder import read_statistics, token_prefix
 from btx_megatron.data.indexed import IndexedTokens
@@ -78,6 +79,8 @@ class TrainingSamples:
         remove_broken_arrays(cache)
         self._samples = _build(prefixes, list(weights.values()), num_samples, config)
         self._num_samples = num_samples
+        names = [domain.name for domain in domains]
+        self._domain_of_source = np.array([names.index(domain) for domain, _ in weights])
         drawn = _samples_by_source(self._samples, len(weights), num_samples)
         self.epochs = {
             "/".join(key): count * seq_length / source["tokens"]
@@ -93,6 +96,12 @@ class TrainingSamples:
             raise IndexError(f"sample {i} of {len(self)}")
         sample = self._samples[i]
         return {"tokens": sample["tokens"], "labels": sample["labels"]}
+
+    def domain_numbers(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of ``domains`` each of these samples is drawn from, by number."""
+        if len(self._domain_of_source) == 1:
+            return np.full(len(numbers), self._domain_of_source[0])
+        return self._domain_of_source[self._samples.dataset_index[numbers]]
 
 
 def batches(

@@ -103,9 +103,10 @@ def _recipe(config: ModelConfig, seq_length: int) -> Recipe:
         moe_router_load_balancing_type="none",
         **dict(config.moe_router),
     )
-    if moe.moe_router_one_per_group:
-        raise UserError(
-            "moe_router_one_per_group: which expert is of which domain is known to the run alone; "
-            "evaluate it there, with btx evaluate"
-        )
+    for key in ("moe_router_one_per_group", "moe_router_time_mask"):
+        if getattr(moe, key):
+            raise UserError(
+                f"{key}: which expert is of which domain is known to the run alone; evaluate it there, with "
+                "btx evaluate"
+            )
     return Recipe(model=model, moe=moe)

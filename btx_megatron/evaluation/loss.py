@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from btx_megatron.data.held_out import held_out_windows
-from btx_megatron.evaluation.rows import ensemble_rows, main_row, rows_of
+from btx_megatron.evaluation.rows import ensemble_rows, main_row, opted_out, rows_of
+from btx_megatron.expert_masks import allowed_experts
 from btx_megatron.job import CHECKPOINTS, Job
 from btx_megatron.recipe import Stage
 from btx_megatron.run_folder import stage_folder
@@ -69,7 +70,8 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
         take_load(model, recipe.model.num_layers)  # of what ran before
         losses[row], loads = {}, []
         for name in recipe.domain_names:
-            losses[row][name] = held_out_loss(model, windows[name], stage, recipe.model.seq_length)
+            allowed = allowed_experts(recipe, name, opted_out(row)) if experts else None
+            losses[row][name] = held_out_loss(model, windows[name], stage, recipe.model.seq_length, allowed)
             loads.append(take_load(model, recipe.model.num_layers))
         if ensembles:
             ensembles.hear(row, model)
@@ -97,18 +99,25 @@ def _windows(job: Job, domain: str) -> Windows:
     return list(held_out_windows(job.data_folder, domain, job.recipe.model.seq_length, limit))
 
 
-def held_out_loss(model: Model, windows: Windows, stage: Stage, sequence: int) -> float:
-    """Mean loss in nats a token over all windows, equal on all ranks; the model in any layout."""
+def held_out_loss(
+    model: Model, windows: Windows, stage: Stage, sequence: int, allowed: list[bool] | None = None
+) -> float:
+    """Mean loss in nats a token over all windows, equal on all ranks; the model in any layout.
+
+    ``allowed`` [E]: the experts that may be taken; None: all.
+    """
     from btx_megatron.training.trainer import evaluating, run_micro_batches, sum_over_ranks
 
-    batches, count = micro_batches_of(model, windows, stage)
+    batches, count = micro_batches_of(model, windows, stage, allowed)
     with evaluating(model):
         losses = run_micro_batches(model, batches, count, stage, sequence, forward_only=True)
     loss, tokens = sum_over_ranks(losses)
     return loss / tokens
 
 
-def micro_batches_of(model: Model, windows: Windows, stage: Stage) -> tuple[Iterator[dict[str, Any]], int]:
+def micro_batches_of(
+    model: Model, windows: Windows, stage: Stage, allowed: list[bool] | None = None
+) -> tuple[Iterator[dict[str, Any]], int]:
     """This rank's micro-batches and their number, which is that of all ranks."""
     from megatron.core import parallel_state
 
@@ -116,7 +125,11 @@ def micro_batches_of(model: Model, windows: Windows, stage: Stage) -> tuple[Iter
     count = _next_multiple(len(windows), size * dp) // (size * dp)
     if len(model) > 1:  # an interleaved pipeline takes micro-batches in groups
         count = _next_multiple(count, stage.layout.pipeline_model_parallel_size)
-    return _batches(windows, size, count, parallel_state.get_data_parallel_rank(), dp), count
+    batches = _batches(windows, size, count, parallel_state.get_data_parallel_rank(), dp)
+    if allowed is not None:
+        allowed_BE = torch.tensor(allowed).expand(size, -1)
+        batches = (batch | {"allowed_experts": allowed_BE} for batch in batches)
+    return batches, count
 
 
 def _next_multiple(count: int, of: int) -> int:
@@ -174,13 +187,14 @@ def _routing(
     recipe = job.recipe
     tokens = sum(float(window[2].sum()) for part in windows.values() for window in part)
     fitted = []
-    for part in windows.values():
-        held_out_loss(model, part[::2], stage, recipe.model.seq_length)
+    allowed = [allowed_experts(recipe, domain) for domain in windows]
+    for may_take, part in zip(allowed, windows.values(), strict=True):
+        held_out_loss(model, part[::2], stage, recipe.model.seq_length, may_take)
         fitted.append(take_load(model, recipe.model.num_layers))
     guesses = DomainGuesses(log_likelihoods(torch.stack(fitted)))
     for domain, part in enumerate(windows.values()):
         with guesses.listen(model, domain):
-            held_out_loss(model, part[1::2] or part, stage, recipe.model.seq_length)
+            held_out_loss(model, part[1::2] or part, stage, recipe.model.seq_length, allowed[domain])
     take_load(model, recipe.model.num_layers)
     return {
         "share": shares(load_DLE).tolist(),

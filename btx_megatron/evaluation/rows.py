@@ -7,12 +7,19 @@ from btx_megatron.recipe import SEED, Recipe
 
 MOE_ROWS = ("merged", "btx", "sparse_upcycling_dm", "sparse_upcycling_cm")
 """Rows whose model is a mixture of experts."""
-
-
 BTM_ROWS = ("btm:top-1", "btm:top-2", "btm:uniform", "btm:cached", "btm:updating")
 """Experts chosen by similarity, and weighed by a posterior with that prior."""
 TIMOE_ROWS = ("timoe:uniform", "timoe:posterior")
 """Experts of earlier text, all alike, and weighed by a posterior."""
+
+
+WITHOUT = "without:"
+"""Before the domain that is opted out of the method's mixture."""
+
+
+def opted_out(row: str) -> str | None:
+    """The source whose experts are masked in a row's model."""
+    return row.removeprefix(WITHOUT) if row.startswith(WITHOUT) else None
 
 
 def ensemble_rows(recipe: Recipe) -> list[str]:
@@ -33,6 +40,8 @@ def spent_on(recipe: Recipe, row: str) -> list[str]:
     experts = recipe.expert_stages
     if row in ensemble_rows(recipe):
         return experts
+    if opted_out(row):
+        row = main_row(recipe)
     stages = {SEED: [], "average": experts, "merged": experts, "btx": [*experts, "finetune"]}
     return stages.get(row, [row])
 
@@ -44,6 +53,7 @@ def rows_of(recipe: Recipe) -> dict[str, str]:
     rows |= {"average": "average"} if recipe.expert_stages else {}
     rows |= {"merged": "mix"} if main == "finetune" else {}
     rows |= {baseline: baseline for baseline in baseline_stages(recipe)}
+    rows |= {f"{WITHOUT}{name}": main for name in recipe.evaluate.opt_out if main}
     return rows | ({main_row(recipe): main} if main else {})
 
 

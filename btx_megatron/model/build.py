@@ -30,10 +30,11 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from btx_megatron.expert_masks import masks_experts
 from btx_megatron.model.freeze import freeze
 from btx_megatron.model.layers import LlamaModel, LocalBackend, RotaryAttention
 from btx_megatron.model.routers import Router, SampleTop1Router, replace_quietly
-from btx_megatron.recipe import Layout, Moe, Recipe, Stage
+from btx_megatron.recipe import Layout, Recipe, Stage
 
 # what a build without Transformer Engine and apex cannot fuse
 _NO_FUSION: dict[str, Any] = {
@@ -75,7 +76,7 @@ def transformer_config(recipe: Recipe, stage: Stage, num_experts: int | None) ->
         **_parallelism(stage.layout, moe=num_experts is not None),
         **_pipeline(stage.layout, model.num_layers),
         **_recompute(stage.layout),
-        **_moe(recipe.moe, num_experts),
+        **_moe(recipe, num_experts),
         moe_ffn_hidden_size=None if num_experts is None else recipe.expert_ffn_hidden_size,
         **_NO_FUSION,
     )
@@ -112,9 +113,10 @@ def _recompute(layout: Layout) -> dict[str, Any]:
     return {f"recompute_{name}": getattr(layout, f"recompute_{name}") for name in names}
 
 
-def _moe(moe: Moe, num_experts: int | None) -> dict[str, Any]:
+def _moe(recipe: Recipe, num_experts: int | None) -> dict[str, Any]:
     if num_experts is None:
         return {}
+    moe = recipe.moe
     balancing = moe.moe_router_load_balancing_type
     # the paper's own loss is attached by our router, which Megatron need not know
     megatrons = balancing != "btx"
@@ -122,13 +124,22 @@ def _moe(moe: Moe, num_experts: int | None) -> dict[str, Any]:
         "num_moe_experts": num_experts,
         "moe_router_topk": moe.topk(num_experts),
         "moe_router_pre_softmax": moe.moe_router_pre_softmax or moe.topk(num_experts) == 1,
-        "moe_expert_capacity_factor": moe.capacity_factor,
+        "moe_expert_capacity_factor": _dispatched_capacity(recipe, moe.capacity_factor, num_experts),
         "moe_router_load_balancing_type": balancing if megatrons else "none",
         "moe_aux_loss_coeff": moe.moe_aux_loss_coeff if megatrons else 0.0,
         "moe_z_loss_coeff": moe.moe_z_loss_coeff,
         "moe_router_dtype": moe.moe_router_dtype,
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
     }
+
+
+def _dispatched_capacity(recipe: Recipe, capacity_factor: float | None, num_experts: int) -> float | None:
+    """What Megatron's dispatchers are told.
+
+    Without a capacity they count on top-k routes of every token; where experts are masked there may be fewer,
+    so they get one that drops nothing.
+    """
+    return capacity_factor or (num_experts if masks_experts(recipe) else None)
 
 
 def layer_spec(
@@ -148,7 +159,7 @@ def layer_spec(
     else:
         mlp.keywords["submodules"].router, soft = _router(recipe, layer, groups)
         if soft:
-            mlp = partial(_soft, mlp)
+            mlp = partial(_soft, mlp, _dispatched_capacity(recipe, None, config.num_moe_experts))
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -176,20 +187,21 @@ def layer_spec(
 def _router(recipe: Recipe, layer: int, groups: Sequence[int] | None) -> tuple[Any, bool]:
     """The layer's router, and whether it is soft where the others are not: the first of Sample Top-1."""
     moe = recipe.moe
-    if moe.moe_router_type != "sample_top1":
-        return partial(Router, moe=moe, groups=groups), False
-    if layer == 0:
-        return partial(Router, moe=moe), True
-    return partial(SampleTop1Router, moe=moe, groups=groups, seed=recipe.moe.moe_router_seed), False
+    if moe.moe_router_type == "sample_top1" and layer == 0:
+        return partial(Router, moe=moe, capacity_factor=None), True
+    options: dict[str, Any] = {"moe": moe, "capacity_factor": moe.capacity_factor, "groups": groups}
+    if moe.moe_router_type == "sample_top1":
+        return partial(SampleTop1Router, seed=moe.moe_router_seed, **options), False
+    return partial(Router, **options), False
 
 
-def _soft(mlp: Any, config: TransformerConfig, **kwargs: Any) -> torch.nn.Module:
+def _soft(mlp: Any, capacity: float | None, config: TransformerConfig, **kwargs: Any) -> torch.nn.Module:
     """A MoE layer in which every token takes all experts.
 
     Megatron's dispatchers go by the config's number of experts a token: with another router alone they would
     cut or pad the routes, silently.
     """
-    everything = {"moe_router_topk": config.num_moe_experts, "moe_expert_capacity_factor": None}
+    everything = {"moe_router_topk": config.num_moe_experts, "moe_expert_capacity_factor": capacity}
     return mlp(config=replace_quietly(config, **everything), **kwargs)  # type: ignore[no-any-return]
 
 

@@ -35,6 +35,8 @@ class BatchContext:
     """[B] global index of each sample in the training order."""
     loss_mask: Tensor | None = None
     """[B, S] 1 where a token counts, 0 where it only fills up a window."""
+    allowed_experts: Tensor | None = None
+    """[B, E] the experts that a sample's tokens may take (bool); None: all."""
 
 
 batch_context = BatchContext()
@@ -44,21 +46,31 @@ class Router(TopKRouter):
     """Top-k router of the paper (section 3.2), g = SoftMax(TopK(W x)), and with other settings its relatives.
 
     Megatron computes the routes. Switch Top-1 is its top-1 with softmax over all and a capacity; Soft takes
-    all experts. This class adds what comes before (normalised logits, one expert a group), the paper's
-    balancing and a coefficient that each layer may have for itself, and counts the load.
+    all experts. This class adds what comes before (experts that a sample may not take, normalised logits, one
+    expert a group), the paper's balancing and a coefficient that each layer may have for itself, and counts
+    the load.
     """
 
     config: Any  # Megatron's TransformerConfig
 
-    def __init__(self, *args: Any, moe: Moe, groups: Sequence[int] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        moe: Moe,
+        capacity_factor: float | None,
+        groups: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """``groups``: the group of each expert, where a token may take one of each group only."""
         self.balancing_coeff = moe.moe_aux_loss_coeff  # Megatron's __init__ asks for it
         """alpha of this layer; training may move it (``moe_aux_loss_adaptive``)."""
         super().__init__(*args, **kwargs)
-        self._capacity_factor = self.config.moe_expert_capacity_factor
+        self._capacity_factor = capacity_factor
         self.config = replace_quietly(self.config, moe_expert_capacity_factor=None)  # it is kept here
         self.moe = moe
         self._groups = torch.tensor(groups) if groups is not None else None
+        self._to_come: deque[BatchContext] = deque()
+        """Micro-batches whose activations will be recomputed, oldest first."""
         self.listener: Callable[[Tensor], None] | None = None
         """Hears the routes [T, E] of the tokens that count, in every forward pass."""
         self.tokens_per_expert: Tensor
@@ -71,47 +83,65 @@ class Router(TopKRouter):
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [S, B, E] -> gates [T, E], routes [T, E] (bool)."""
+        context = self._context()
+        allowed_BE = context.allowed_experts
         scale = self.moe.moe_router_logit_norm_scale
         if scale is not None:
-            logits = normalized_logits(logits, scale)
+            logits = normalized_logits(logits, scale, allowed_BE)
+        if allowed_BE is not None:
+            logits = logits.masked_fill(~allowed_BE, lowest_logit(logits))
         if self._groups is not None:
             logits = best_of_each_group(logits, self._groups)
-        gates_TE, routes_TE = self._route(logits)
+        gates_TE, routes_TE = self._route(logits, context)
+        if allowed_BE is not None:  # fewer than top-k may be allowed
+            allowed_TE = allowed_BE.expand_as(logits).reshape_as(routes_TE)
+            gates_TE, routes_TE = gates_TE * allowed_TE, routes_TE & allowed_TE
         if self._capacity_factor is not None:
             capacity = math.ceil(self.topk * len(routes_TE) / self.num_experts * self._capacity_factor)
-            routes_TE = first_come(routes_TE, capacity)
+            wanted_TE, routes_TE = routes_TE, first_come(routes_TE, capacity)
             gates_TE = gates_TE * routes_TE
-        if not (is_checkpointing() and torch.is_grad_enabled()):  # not again when activations are recomputed
-            counted_TE = self._counted(routes_TE.detach(), logits.shape[0])
-            load_E = counted_TE.sum(dim=0)
-            self.tokens_per_expert += load_E
-            if self.training:
-                self.step_load += load_E
-            if self.listener is not None:
-                self.listener(counted_TE)
-            if self._capacity_factor is not None:
-                wanted_TE = self._counted(torch.ones_like(routes_TE), logits.shape[0])
-                self.dropped_routes += wanted_TE[:, 0].sum() * self.topk - counted_TE.sum()
+            self._count_drops(wanted_TE & ~routes_TE, logits.shape[0], context)
+        self._count(routes_TE, logits.shape[0], context)
         learning = self.training and torch.is_grad_enabled()
         if self.moe.moe_router_load_balancing_type == "btx" and self.balancing_coeff > 0 and learning:
             gates_TE = self._attach_balancing(gates_TE, logits.view(-1, self.num_experts))
         return gates_TE, routes_TE
 
-    def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _context(self) -> BatchContext:
+        """The micro-batch at hand.
+
+        When activations are recomputed, in the backward pass, a pipeline may have begun later micro-batches;
+        but backward passes come in the order of the forward passes.
+        """
+        if recomputing() and self._to_come:
+            return self._to_come.popleft()
+        context = copy.copy(batch_context)
+        if is_checkpointing() and self.training:
+            self._to_come.append(context)
+        return context
+
+    def _route(self, logits: Tensor, context: BatchContext) -> tuple[Tensor, Tensor]:
         """Gates and routes, with Megatron's own losses attached."""
         return super().routing(logits)  # type: ignore[no-any-return]
+
+    def _count(self, routes_TE: Tensor, sequence: int, context: BatchContext) -> None:
+        if recomputing():
+            return
+        counted_TE = _counted(routes_TE.detach(), sequence, context)
+        load_E = counted_TE.sum(dim=0)
+        self.tokens_per_expert += load_E
+        if self.training:
+            self.step_load += load_E
+        if self.listener is not None:
+            self.listener(counted_TE)
+
+    def _count_drops(self, dropped_TE: Tensor, sequence: int, context: BatchContext) -> None:
+        if not recomputing():
+            self.dropped_routes += _counted(dropped_TE, sequence, context).sum()
 
     def get_aux_loss_coeff(self, aux_loss_type: str) -> float:
         """Megatron asks for the weight of its losses by their names."""
         return self.balancing_coeff if aux_loss_type == self.routing_type else 0.0
-
-    def _counted(self, routes_TE: Tensor, sequence: int) -> Tensor:
-        """Routes [T, E] of the tokens that count; ``sequence`` is this rank's share of it."""
-        if batch_context.loss_mask is None:
-            return routes_TE
-        mask_SB = batch_context.loss_mask.T
-        mask_SB = mask_SB[first_position(sequence, len(mask_SB)) :][:sequence]
-        return routes_TE * mask_SB.reshape(-1, 1).to(routes_TE)
 
     def _attach_balancing(self, gates_TE: Tensor, logits_TE: Tensor) -> Tensor:
         probabilities_TE = torch.softmax(logits_TE.float(), dim=-1)
@@ -156,16 +186,14 @@ class SampleTop1Router(Router):
     def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._seed = seed
-        self._to_come: deque[tuple[int, Tensor]] = deque()
-        """Contexts of micro-batches whose activations will be recomputed, oldest first."""
 
-    def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _route(self, logits: Tensor, context: BatchContext) -> tuple[Tensor, Tensor]:
         sequence, batch = logits.shape[:2]
         logits_TE = self.apply_z_loss(logits.view(-1, self.num_experts)).float()
-        step, noise_TE = self._noise(sequence, batch, logits.device)
+        noise_TE = self._noise(context, sequence, batch, logits.device)
         if not self.training and self.moe.moe_router_inference == "argmax":
             noise_TE = torch.zeros_like(noise_TE)
-        gates_TE, routes_TE = sampled_top1(logits_TE + noise_TE, self._temperature(step))
+        gates_TE, routes_TE = sampled_top1(logits_TE + noise_TE, self._temperature(context.step))
         if not self.training:
             gates_TE = routes_TE.to(gates_TE)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
@@ -185,30 +213,27 @@ class SampleTop1Router(Router):
         decay, least = self.moe.moe_router_temperature_decay, self.moe.moe_router_temperature_min
         return max(least, math.exp(-decay * step))
 
-    def _noise(self, sequence: int, batch: int, device: torch.device) -> tuple[int, Tensor]:
-        """The step, and Gumbel noise [T, E] of this rank's tokens."""
-        step, sample_B = self._context(batch)
-        length = len(batch_context.loss_mask.T) if batch_context.loss_mask is not None else sequence
-        first = first_position(sequence, length)
+    def _noise(self, context: BatchContext, sequence: int, batch: int, device: torch.device) -> Tensor:
+        """Gumbel noise [T, E] of this rank's tokens."""
+        sample_B = context.sample_index if context.sample_index is not None else torch.arange(batch)
+        first = first_position(sequence, context)
         position_S = torch.arange(first, first + sequence, device=device)
         assert self.layer_number is not None
-        noise = gumbel_noise(self._seed, step, self.layer_number, sample_B, position_S, self.num_experts)
-        return step, noise.view(-1, self.num_experts)
+        place = (self._seed, context.step, self.layer_number, sample_B, position_S)
+        return gumbel_noise(*place, self.num_experts).view(-1, self.num_experts)
 
-    def _context(self, batch: int) -> tuple[int, Tensor]:
-        """Step and samples of the micro-batch at hand.
 
-        When activations are recomputed, in the backward pass, a pipeline may have begun later micro-batches;
-        but backward passes come in the order of the forward passes.
-        """
-        recomputing = is_checkpointing() and torch.is_grad_enabled()
-        if recomputing and self._to_come:
-            return self._to_come.popleft()
-        samples = batch_context.sample_index
-        context = (batch_context.step, samples if samples is not None else torch.arange(batch))
-        if is_checkpointing() and self.training:
-            self._to_come.append(context)
-        return context
+def recomputing() -> bool:
+    """Whether this forward pass repeats one, because its activations were not kept."""
+    return is_checkpointing() and torch.is_grad_enabled()
+
+
+def _counted(routes_TE: Tensor, sequence: int, context: BatchContext) -> Tensor:
+    """Routes [T, E] of the tokens that count; ``sequence`` is this rank's share of it."""
+    if context.loss_mask is None:
+        return routes_TE
+    mask_SB = context.loss_mask.T[first_position(sequence, context) :][:sequence]
+    return routes_TE * mask_SB.reshape(-1, 1).to(routes_TE)
 
 
 def sampled_top1(noisy_TE: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -219,17 +244,29 @@ def sampled_top1(noisy_TE: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return sample_TE * routes_TE, routes_TE
 
 
-def normalized_logits(logits: Tensor, scale: float) -> Tensor:
-    """scale (z - mean z) / std z over the experts (gating logit normalization, Skywork-MoE, 2406.06563)."""
-    wide = logits.float()
-    deviation = wide.std(dim=-1, correction=0, keepdim=True).clamp_min(1e-6)
-    return ((wide - wide.mean(dim=-1, keepdim=True)) / deviation * scale).to(logits.dtype)
+def lowest_logit(logits: Tensor) -> float:
+    """So low that nobody takes the expert, whose softmax is 0 exactly; and still a number."""
+    return torch.finfo(logits.dtype).min / 2
+
+
+def normalized_logits(logits: Tensor, scale: float, allowed_BE: Tensor | None = None) -> Tensor:
+    """scale (z - mean z) / std z over the experts that a token may take, of logits [S, B, E].
+
+    (Gating logit normalization of Skywork-MoE, arXiv 2406.06563.)
+    """
+    allowed = (
+        torch.ones_like(logits, dtype=torch.bool) if allowed_BE is None else allowed_BE.expand_as(logits)
+    )
+    wide = logits.float().masked_fill(~allowed, 0.0)
+    count = allowed.sum(dim=-1, keepdim=True)
+    centred = (wide - wide.sum(dim=-1, keepdim=True) / count).masked_fill(~allowed, 0.0)
+    variance = centred.square().sum(dim=-1, keepdim=True) / count
+    return (centred / variance.clamp_min(1e-12).sqrt() * scale).to(logits.dtype)
 
 
 def best_of_each_group(logits: Tensor, groups_E: Tensor) -> Tensor:
     """Logits [..., E] with those of all experts but the best of their group so low that nobody takes them."""
-    lowest = torch.finfo(logits.dtype).min / 2
-    masked = torch.full_like(logits, lowest)
+    masked = torch.full_like(logits, lowest_logit(logits))
     for group in groups_E.unique().tolist():
         (members,) = (groups_E == group).nonzero(as_tuple=True)
         members = members.to(logits.device)
@@ -255,12 +292,14 @@ def replace_quietly(config: Any, **changes: Any) -> Any:
     return other
 
 
-def first_position(sequence: int, length: int) -> int:
-    """Where this rank's share of ``sequence`` positions begins, of ``length`` in all.
+def first_position(sequence: int, context: BatchContext) -> int:
+    """Where this rank's share of the sequence, ``sequence`` positions, begins.
 
     With sequence parallelism the TP ranks hold equal pieces, in order.
     """
-    return 0 if sequence == length else sequence * parallel_state.get_tensor_model_parallel_rank()
+    if context.loss_mask is None or sequence == context.loss_mask.shape[1]:
+        return 0
+    return sequence * parallel_state.get_tensor_model_parallel_rank()
 
 
 _BALANCING_LOSSES = {

@@ -175,6 +175,7 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
     batch_context.sample_index = batch["sample_index"]
     on_device = {key: value.to(device()) for key, value in batch.items() if key != "step"}
     batch_context.loss_mask = on_device["loss_mask"]
+    batch_context.allowed_experts = on_device.get("allowed_experts")
     output = model(
         on_device["tokens"], on_device["position_ids"], attention_mask=None, labels=on_device["labels"]
     )

@@ -28,6 +28,7 @@ def config(**moe: Any) -> Any:
          ["moe_router_topk 1 without pre-softmax", "moe_router_type sample_top1: "]),
         ({"moe_router_logit_norm_scale": 1.5}, 2, False, ["moe_router_logit_norm_scale 1.5: "]),
         ({"moe_router_one_per_group": True}, 2, False, ["moe_router_one_per_group: "]),
+        ({"moe_router_time_mask": True}, 2, False, ["moe_router_time_mask: "]),
         ({"moe_expert_capacity_factor": 2.0}, 2, False, ["moe_expert_capacity_factor 2.0: "]),
     ],
 )  # fmt: skip

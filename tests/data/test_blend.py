@@ -170,6 +170,28 @@ def test_sources_are_drawn_by_weight_over_several_epochs(
     )
 
 
+def test_a_sample_tells_its_domain(data_folder: Path, tmp_path: Path, megatron_datasets: ModuleType) -> None:
+    sources = {"formats": ("json", "email"), "loops": ("asyncio",)}
+    texts = {
+        domain: [tokens_of(data_folder, domain, source).astype(np.int64).tobytes() for source in names]
+        for domain, names in sources.items()
+    }
+    names = small_recipe().domain_names
+    for blend in ({"formats": 1.0, "loops": 1.0}, {"loops": 1.0}):
+        samples = samples_of(data_folder, tmp_path, blend, 40)
+        numbers = np.arange(40)[::-1]  # in any order
+        domains = [names[number] for number in samples.domain_numbers(numbers)]
+        assert set(domains) == set(blend)
+        found = 0
+        for number, domain in zip(numbers, domains, strict=True):
+            # a few tokens in its middle: documents are shuffled, and one may end there
+            part = samples[int(number)]["tokens"].numpy()[20:28].astype(np.int64).tobytes()
+            within = {name for name in names if any(part in text for text in texts[name])}
+            found += bool(within)
+            assert not within or domain in within
+        assert found > 30
+
+
 def test_the_order_follows_from_the_seed_and_survives_the_cache(
     data_folder: Path, tmp_path: Path, megatron_datasets: ModuleType
 ) -> None:

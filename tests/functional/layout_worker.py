@@ -165,6 +165,7 @@ class Run:
             TRAINING, bf16=options.get("bf16", False), freeze=list(options.get("freeze", []))
         )
         moe = MOES[kind]
+        self.masked = moe is not None and moe.moe_router_time_mask
         self.trainer = Trainer(
             Recipe(model=model, training=self.training, moe=moe or Moe()),
             Stage(training=self.training, layout=layout),
@@ -198,7 +199,7 @@ class Run:
 
         from btx_megatron.data.blend import batches
 
-        return batches(
+        stream = batches(
             RandomSamples(),  # type: ignore[arg-type]
             consumed_samples=self.state.consumed_samples,
             micro_batch_size=self.training.micro_batch_size,
@@ -206,6 +207,14 @@ class Run:
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
         )
+        return _masked(stream) if self.masked else stream
+
+
+def _masked(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Sample i may take the first i % EXPERTS + 1 experts."""
+    for batch in batches:
+        allowed = torch.arange(EXPERTS) <= batch["sample_index"][:, None] % EXPERTS
+        yield batch | {"allowed_experts": allowed}
 
 
 def resumed(kind: str, first: Layout, second: Layout, folder: Path, name: str, **options: Any) -> list[float]:

@@ -7,12 +7,14 @@ torchrun --nproc-per-node 2 router_worker.py FOLDER      EP2, TP2+SP and others,
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import layout_worker
+import numpy as np
 import torch
 from layout_worker import EP2, EXPERTS, FULL, PP2, TP2_SP, Run
 
@@ -31,7 +33,12 @@ MOES = {
     "sequence": Moe(moe_router_load_balancing_type="seq_aux_loss"),
     "global": Moe(moe_router_load_balancing_type="global_aux_loss"),
     "adaptive": Moe(moe_aux_loss_adaptive=True),
+    "masked": Moe(moe_router_time_mask=True),
+    "masked soft": Moe(moe_router_type="soft", moe_router_time_mask=True),
+    "masked sample": Moe(moe_router_type="sample_top1", moe_router_time_mask=True),
+    "masked normalised": Moe(moe_router_logit_norm_scale=1.5, moe_router_time_mask=True),
 }
+MASKED = tuple(kind for kind in MOES if kind.startswith("masked"))
 LAYOUTS = {"EP2": EP2, "TP2+SP": TP2_SP}
 RECOMPUTED = {
     "kept": Layout(),
@@ -63,6 +70,28 @@ def equation(kind: str, folder: Path) -> dict[str, Any]:
     take_balancing_loss()  # no step's
     tensors = {"logits": logits, "weights": weights, "gates": gates, "grad": logits.grad}
     return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+def masked_experts_silenced(kind: str, layout: Layout, folder: Path) -> list[float]:
+    """Held-out loss while experts 2 and 3 are masked; again once all their weights are NaN; and unmasked."""
+    from megatron.core import parallel_state
+
+    from btx_megatron.evaluation.loss import held_out_loss
+
+    run, allowed = Run(kind, layout, folder), [True, True, False, False]
+    samples = [layout_worker.RandomSamples()[i] for i in range(8)]
+    windows = [(s["tokens"].numpy(), s["labels"].numpy(), np.ones(len(s["tokens"]))) for s in samples]
+    options = (run.trainer.model, windows, run.trainer.stage, layout_worker.MODEL.seq_length)
+    before = held_out_loss(*options, allowed)
+    locals_ = EXPERTS // layout.expert_model_parallel_size
+    first = parallel_state.get_expert_model_parallel_rank() * locals_
+    for name, weight in run.trainer.model[0].named_parameters():
+        expert = re.search(r"local_experts\.(\d+)\.", name)
+        if expert and first + int(expert[1]) >= 2:
+            weight.data.fill_(float("nan"))
+        if name.endswith("router.weight"):
+            weight.data[2:] = float("nan")
+    return [before, held_out_loss(*options, allowed), held_out_loss(*options)]
 
 
 def resumed(folder: Path) -> dict[str, Any]:
@@ -106,13 +135,17 @@ def main() -> None:
         for kind in MOES
         for name, layout in layouts.items()
     }
+    layout = Layout() if world == 1 else EP2
+    result[f"silenced {world}"] = {k: masked_experts_silenced(k, layout, folder) for k in MASKED}
     if world == 1:
         result["dropping"] = dropped(folder)
         result["equations"] = {kind: equation(kind, folder) for kind in EQUATIONS}
         for name in ("kept", "full"):
-            result[f"recomputed {name}"] = Run("sample", RECOMPUTED[name], folder).steps(STEPS)
+            for kind in ("sample", "masked"):
+                result[f"{kind} recomputed {name}"] = Run(kind, RECOMPUTED[name], folder).steps(STEPS)
     else:
-        result["recomputed PP2"] = Run("sample", RECOMPUTED["PP2, full"], folder).steps(STEPS)
+        for kind in ("sample", "masked"):
+            result[f"{kind} recomputed PP2"] = Run(kind, RECOMPUTED["PP2, full"], folder).steps(STEPS)
         result["resumes"] = resumed(folder)
     if torch.distributed.get_rank() == 0:
         (folder / f"routers-{world}.json").write_text(json.dumps(result, indent=1))

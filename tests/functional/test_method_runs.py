@@ -68,13 +68,35 @@ def test_sampled_experts_beside_btm_and_sparse_upcycling(tmp_path: Path) -> None
     assert tokens["btm:top-1"] == tokens["average"] < tokens["btx"] == tokens["sparse_upcycling_dm"]
 
 
+YEARS = [domain | {"start": 2000 + year, "end": 2001 + year} for year, domain in enumerate(DOMAINS)]
+
+
+def test_a_mixture_masked_by_time_and_by_choice(tmp_path: Path) -> None:
+    """The earlier slice takes its own expert alone, in training and evaluation."""
+    summary, evaluation = run(
+        tmp_path,
+        data={"domains": YEARS},
+        mix={"include_seed": False},
+        moe={"moe_router_time_mask": True},
+        evaluate={"opt_out": ["mail"]},
+        baselines=[],
+        stages={"finetune": {"layout": {"data_parallel_size": 2, "expert_model_parallel_size": 2}}},
+    )
+    losses, routing = summary["held_out_loss"], evaluation["routing"]
+    json_layers, mail_layers = routing["share"]
+    assert all(share == [1, 0] for share in json_layers)
+    assert all(share == pytest.approx([0.5, 0.5]) for share in mail_layers)
+    assert 1 < routing["active_experts"][0] < 2
+    assert losses["without:mail"]["json"] == losses["btx"]["json"]  # it had no part in it
+    assert losses["without:mail"]["mail"] > losses["btx"]["mail"]
+
+
 def test_time_slices(tmp_path: Path) -> None:
     """A question of the earlier slice is answered by that slice's expert alone."""
-    years = [domain | {"start": 2000 + year, "end": 2001 + year} for year, domain in enumerate(DOMAINS)]
     summary, _ = run(
         tmp_path,
         method="timoe",
-        data={"domains": years},
+        data={"domains": YEARS},
         mix={"include_seed": False},
         stages={"seed": {"blend": {"json": 1}}},
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from layout_worker import EXPERTS, MODEL, TRAINING
-from router_worker import EQUATIONS, LAYOUTS, MOES, MORE, STEPS
+from router_worker import EQUATIONS, LAYOUTS, MASKED, MOES, MORE, STEPS
 from torchrun import torchrun
 
 pytestmark = pytest.mark.timeout(900)
@@ -44,14 +44,24 @@ def test_the_kinds_differ(result: dict[str, Any]) -> None:
     assert len({round(loss, 6) for loss in ends.values()}) == len(MOES)
 
 
-@pytest.mark.parametrize("name", ["recomputed full", "recomputed PP2"])
-def test_recomputed_layers_sample_the_same_experts(result: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize("kind", ["sample", "masked"])
+@pytest.mark.parametrize("how", ["full", "PP2"])
+def test_recomputed_layers_take_the_same_experts(result: dict[str, Any], kind: str, how: str) -> None:
     """In a pipeline later micro-batches have begun by then."""
-    kept = result["recomputed kept"]
-    if name == "recomputed full":
-        assert result[name] == kept
-    assert result[name]["loss"] == pytest.approx(kept["loss"], abs=1e-5)
-    assert result[name]["grad_norm"] == pytest.approx(kept["grad_norm"], rel=1e-4)
+    kept, here = result[f"{kind} recomputed kept"], result[f"{kind} recomputed {how}"]
+    if how == "full":
+        assert here == kept
+    assert here["loss"] == pytest.approx(kept["loss"], abs=1e-5)
+    assert here["grad_norm"] == pytest.approx(kept["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", MASKED)
+@pytest.mark.parametrize("world", [1, 2])
+def test_nothing_of_a_masked_expert_reaches_the_output(result: dict[str, Any], kind: str, world: int) -> None:
+    """Its weights and its rows of the router are made NaN."""
+    before, silenced, unmasked = result[f"silenced {world}"][kind]
+    assert before == silenced
+    assert math.isnan(unmasked)
 
 
 @pytest.mark.parametrize("kind", ["sample", "adaptive"])

@@ -105,6 +105,14 @@ def test_normalised_logits(routers: Any) -> None:
     torch.testing.assert_close(ours.grad, plain.grad)
 
 
+def test_masked_experts_do_not_shift_normalised_logits(routers: Any) -> None:
+    logits = torch.randn(5, 2, 6, generator=torch.Generator().manual_seed(0)) * 7 + 3
+    allowed_BE = torch.tensor([[True] * 4 + [False] * 2, [False] * 2 + [True] * 4])
+    made = routers.normalized_logits(logits, 0.8, allowed_BE)
+    torch.testing.assert_close(made[:, 0, :4], routers.normalized_logits(logits[:, :1, :4], 0.8)[:, 0])
+    torch.testing.assert_close(made[:, 1, 2:], routers.normalized_logits(logits[:, 1:, 2:], 0.8)[:, 0])
+
+
 def test_equal_logits_stay_equal_and_finite(routers: Any) -> None:
     logits = torch.full((2, 1, 4), 3.0, requires_grad=True)
     made = routers.normalized_logits(logits, 1.0)
