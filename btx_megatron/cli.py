@@ -101,13 +101,53 @@ def _options(
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="This stage alone, as expert:math; RECIPE or RUN.")
+    ] = None,
+) -> None:
     """Run the whole pipeline: what is not finished yet, from where it stopped."""
-    from btx_megatron.launch.local import run_pipeline
+    from btx_megatron.launch.local import run_pipeline, run_stages
 
-    loaded = _load(recipe, overrides)
+    loaded = _run_recipe(recipe) if recipe.is_dir() and not overrides else _load(recipe, overrides)
+    if only is not None:
+        run_stages(loaded, [only])
+        return
     run_pipeline(loaded)
     _print_report(Path(loaded.run_folder))
+
+
+@app.command()
+def submit(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="STAGE", help="This stage alone, as expert:math; repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the scripts, send nothing.")] = False,
+    update_code: Annotated[
+        bool, typer.Option("--update-code", help="Freeze this code anew, in a run that was submitted before.")
+    ] = False,
+) -> None:
+    """Send the pipeline to Slurm as a graph of jobs: what is neither finished nor queued."""
+    from btx_megatron.launch.submit import submit as submit_run
+
+    for line in submit_run(_load(recipe, overrides), only or [], dry_run, update_code):
+        print(line)
+
+
+@app.command()
+def cancel(
+    run: RunOrRecipe,
+    now: Annotated[bool, typer.Option("--now", help="Without time to save.")] = False,
+) -> None:
+    """End a run's jobs on Slurm; those that train save first."""
+    from btx_megatron.launch.submit import cancel as cancel_run
+
+    for line in cancel_run(_run_recipe(run), now):
+        print(line)
 
 
 @app.command()

@@ -69,7 +69,7 @@ def make_manifest(
         inputs=inputs,
         recipe=recipe,
         versions=_versions(),
-        code_commit=_code_commit(),
+        code_commit=code_commit(),
         outputs=outputs,
         tokens=tokens,
     )
@@ -119,7 +119,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _code_commit() -> str | None:
+def code_commit() -> str | None:
     package = Path(__file__).parent
     tracked = ["git", "-C", str(package), "ls-files", "--error-unmatch", Path(__file__).name]
     describe = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]

@@ -16,6 +16,8 @@ from btx_megatron.recipe_layout import Layout as Layout
 from btx_megatron.recipe_mix import MEASURED_FROM_SEED as MEASURED_FROM_SEED
 from btx_megatron.recipe_mix import ROUTERS_FROM_TEXT as ROUTERS_FROM_TEXT
 from btx_megatron.recipe_mix import Mix as Mix
+from btx_megatron.recipe_slurm import Slurm as Slurm
+from btx_megatron.recipe_slurm import SlurmJob as SlurmJob
 from btx_megatron.recipe_training import Training as Training
 from btx_megatron.times import TimeWindow, parse_time_window
 
@@ -327,6 +329,8 @@ class Recipe:
     """The evaluation."""
     launch: Launch = field(default_factory=Launch)
     """Running on this machine."""
+    slurm: Slurm = field(default_factory=Slurm)
+    """Running on a cluster, by ``btx submit``."""
 
     @property
     def domain_names(self) -> list[str]:

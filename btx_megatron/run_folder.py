@@ -5,6 +5,7 @@
                                finished stages, each with its manifest.json
     RUN/.work/<the same>       stages that are under way
     RUN/.locks/STAGE           held by the ``btx`` that works on the stage
+    RUN/slurm                  what ``btx submit`` sent to a cluster: scripts, frozen code, logs, job numbers
 
 A stage works below ``.work`` and is renamed into place once it is whole and on disk: no reader ever sees
 half a stage, and a rename on one file system either happens or does not. Several ``btx`` may work in one
@@ -36,7 +37,7 @@ LOCKS = ".locks"
 _CLAIM = "recipe"  # the lock of those who read and write the recipe
 _LOCK_PATIENCE_SECONDS = 1.0  # `btx status` holds the lock for a moment
 _FREE_KEYS = re.compile(
-    r"run_folder|launch\..*|data\.(num_workers|loader)|(.*\.)?layout\..*"
+    r"run_folder|launch\..*|slurm\..*|data\.(num_workers|loader)|(.*\.)?layout\..*"
     r"|.*\.(log_interval|save_interval|save_total_limit|save_retain_interval|async_save)"
     r"|.*\.(max_consecutive_skipped_steps|loss_spike_factor|distributed_timeout_minutes)"
     r"|.*\.(tensorboard|wandb_project)"

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +17,7 @@ import btx_megatron
 from btx_megatron.data.loader import check_installed
 from btx_megatron.errors import StageFailed, Stopped, UserError
 from btx_megatron.job import JOB_FILE, LAUNCH_FILES, LOG_FILE, PASSING_FILES, Job, read_job, write_job
+from btx_megatron.launch.allocation import this_allocation
 from btx_megatron.launch.display import Display, make_display
 from btx_megatron.launch.machine import Machine, check_packages, this_machine
 from btx_megatron.manifest import make_manifest
@@ -30,52 +30,36 @@ from btx_megatron.runtime.progress import read_progress
 from btx_megatron.runtime.supervisor import Command, Supervisor
 from btx_megatron.training import curves
 
-CommandLine = Callable[[PipelineStage, Path], list[str]]
-"""Program and arguments that run a stage, whose job file is given."""
-
-_WORKER = ("-m", "btx_megatron.launch.worker")
 _SECONDS_BETWEEN_POLLS = 0.1
 
 
-def worker_command(stage: PipelineStage, job_file: Path) -> list[str]:
-    """The worker of a stage: under a torchrun of its own where models run, else alone."""
-    command = [sys.executable]
-    if stage.task in ("train", "evaluate"):
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(stage.ranks)]
-        # it takes a port and keeps it; one that is chosen here could be another's before it is taken
-        command += ["--standalone", "--local-addr", "127.0.0.1"]
-    return [*command, *_WORKER, str(job_file)]
-
-
-def run_pipeline(
-    recipe: Recipe, machine: Machine | None = None, command_line: CommandLine = worker_command
-) -> None:
+def run_pipeline(recipe: Recipe, machine: Machine | None = None) -> None:
     """Run all stages that are not finished, in the recipe's run folder, on this (or the given) machine.
 
     Raises UserError, StageFailed (after everything that could go on has), or Stopped.
     """
-    _run(recipe, {"report"}, machine or this_machine(recipe.launch.device), command_line)
+    _run(recipe, {"report"}, machine or this_machine(recipe.launch.device))
 
 
 def run_stages(
-    recipe: Recipe,
-    names: Collection[str],
-    again: bool = False,
-    machine: Machine | None = None,
-    command_line: CommandLine = worker_command,
+    recipe: Recipe, names: Collection[str], again: bool = False, machine: Machine | None = None
 ) -> None:
     """Run the named stages alone, where they are not finished (``again``: even if). Raises as run_pipeline.
 
-    A stage whose inputs are not finished is refused.
+    A stage whose inputs are not finished is refused. In a job of Slurm it runs on that job's nodes.
     """
-    _run(recipe, names, machine or this_machine(recipe.launch.device), command_line, alone=True, again=again)
+    known = [stage.name for stage in stages_of(recipe)]
+    for name in names:
+        if name not in known:
+            raise UserError(f"no stage '{name}'; the recipe has {', '.join(known)}")
+    machine = machine or this_allocation(recipe) or this_machine(recipe.launch.device)
+    _run(recipe, names, machine, alone=True, again=again)
 
 
 def _run(
     recipe: Recipe,
     targets: Collection[str],
     machine: Machine,
-    command_line: CommandLine,
     alone: bool = False,
     again: bool = False,
 ) -> None:
@@ -101,7 +85,7 @@ def _run(
             if not stages:
                 gone = "" if alone else _what_is_gone(recipe, run)
                 display.say(f"nothing to do: finished already, in {run.path}{gone}")
-            _LocalRun(recipe, run, machine, supervisor, display, command_line).work_off(stages)
+            _LocalRun(recipe, run, machine, supervisor, display).work_off(stages)
 
 
 def _what_is_gone(recipe: Recipe, run: RunFolder) -> str:
@@ -129,10 +113,9 @@ class _LocalRun:
         machine: Machine,
         supervisor: Supervisor,
         display: Display,
-        command_line: CommandLine,
     ) -> None:
         self.recipe, self.run, self.machine = recipe, run, machine
-        self.supervisor, self.display, self.command_line = supervisor, display, command_line
+        self.supervisor, self.display = supervisor, display
         self.waiting: list[PipelineStage] = []
         self.made_anew: set[str] = set()
         self.jobs: dict[str, Job] = {}
@@ -219,8 +202,8 @@ class _LocalRun:
         self.cores_used[stage.name] = stage.ranks * threads
         self.gpus_used[stage.name] = gpus
         command = Command(
-            arguments=self.command_line(stage, write_job(job)),
-            environment=_environment(threads, gpus),
+            arguments=self.machine.command(stage, write_job(job)),
+            environment=_environment(threads) | self.machine.environment(gpus),
             work_folder=job.work_folder,
             log=job.work_folder / LOG_FILE,
             can_stop=stage.task == "train",
@@ -320,17 +303,14 @@ def _empty(work: Path) -> None:
             path.unlink()
 
 
-def _environment(threads: int, gpus: tuple[str, ...]) -> dict[str, str]:
+def _environment(threads: int) -> dict[str, str]:
     package_parent = str(Path(btx_megatron.__file__).parents[1])
     paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
+    return {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join(paths),  # the very code that runs here, installed or not
         "PYTHONUNBUFFERED": "1",
     }
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks up the host's name, which may not resolve
-    return environment | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}  # none for what needs none
 
 
 def _detail(recipe: Recipe, stage: PipelineStage) -> str:

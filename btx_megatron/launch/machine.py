@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,21 @@ class Machine:
     def gpus_of(self, stage: PipelineStage) -> int:
         """GPUs that a stage needs: one a rank where models run, none for work on files."""
         return stage.ranks if self.gpus and stage.task in ("train", "evaluate") else 0
+
+    def environment(self, gpus: tuple[str, ...]) -> dict[str, str]:
+        """Variables of a stage's processes; ``gpus`` are those that it has, none for what needs none."""
+        # gloo would look up the host's name, which may not resolve
+        loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+        return loopback | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+
+    def command(self, stage: PipelineStage, job_file: Path) -> list[str]:
+        """Program and arguments that run a stage: under its own torchrun where models run, else alone."""
+        command = [sys.executable]
+        if stage.task in ("train", "evaluate"):
+            command += ["-m", "torch.distributed.run", "--nproc-per-node", str(stage.ranks)]
+            # it takes a port and keeps it; one that is chosen here could be another's before it is taken
+            command += ["--standalone", "--local-addr", "127.0.0.1"]
+        return [*command, "-m", "btx_megatron.launch.worker", str(job_file)]
 
     def check(self, stages: list[PipelineStage]) -> None:
         """Raise UserError if a stage needs more GPUs than there are. Cores may be shared, GPUs not."""

@@ -14,20 +14,19 @@ import fake_worker
 
 from btx_megatron.errors import StageFailed, Stopped, UserError
 from btx_megatron.launch.local import run_pipeline, run_stages
-from btx_megatron.launch.machine import Machine
 from btx_megatron.recipe_file import load_recipe
 
 
 def main(arguments: list[str]) -> int:
     """Exit code of the run."""
     recipe, *stages = arguments
-    command = fake_worker.torchrun_command if "torchrun" in stages else fake_worker.command_line
+    kind = fake_worker.TorchrunMachine if "torchrun" in stages else fake_worker.FakeMachine
     stages = [stage for stage in stages if stage != "torchrun"]
     try:
         if stages:
-            run_stages(load_recipe(recipe), stages, machine=Machine(cores=2), command_line=command)
+            run_stages(load_recipe(recipe), stages, machine=kind(cores=2))
         else:
-            run_pipeline(load_recipe(recipe), Machine(cores=2), command)
+            run_pipeline(load_recipe(recipe), kind(cores=2))
     except (UserError, StageFailed, Stopped) as error:
         print(f"btx: {error}", file=sys.stderr)
         return error.exit_code

@@ -17,7 +17,7 @@ from typing import Any
 from btx_megatron.errors import Stopped, UserError
 from btx_megatron.job import Job
 from btx_megatron.launch import worker
-from btx_megatron.launch.local import worker_command
+from btx_megatron.launch.machine import Machine
 from btx_megatron.runtime.parent import die_with_guardian
 from btx_megatron.runtime.progress import Progress
 from btx_megatron.runtime.stop import stop_requested
@@ -79,16 +79,20 @@ def _work(behaviour: dict[str, Any]) -> int:
     return 1
 
 
-def command_line(stage: Any, job_file: Path) -> list[str]:
+class FakeMachine(Machine):
     """A stage as one process, without torchrun."""
-    return [sys.executable, __file__, str(job_file)]
+
+    def command(self, stage: Any, job_file: Path) -> list[str]:
+        return [sys.executable, __file__, str(job_file)]
 
 
-def torchrun_command(stage: Any, job_file: Path) -> list[str]:
+class TorchrunMachine(Machine):
     """A stage as `btx` runs it, but with this worker."""
-    real = worker_command(stage, job_file)
-    at = real.index("btx_megatron.launch.worker")
-    return [*real[: at - 1], __file__, *real[at + 1 :]]
+
+    def command(self, stage: Any, job_file: Path) -> list[str]:
+        real = super().command(stage, job_file)
+        at = real.index("btx_megatron.launch.worker")
+        return [*real[: at - 1], __file__, *real[at + 1 :]]
 
 
 if __name__ in ("__main__", "__mp_main__"):

@@ -20,7 +20,7 @@ import yaml
 from drive import main
 
 from btx_megatron.errors import UserError
-from btx_megatron.launch.local import worker_command
+from btx_megatron.launch.machine import Machine
 from btx_megatron.launch.tables import status_text
 from btx_megatron.pipeline import stages_of
 from btx_megatron.recipe import Recipe
@@ -368,6 +368,6 @@ def test_missing_input_names_the_command(recipe_file: Path) -> None:
 def test_torchrun_takes_its_port_itself(recipe_file: Path) -> None:
     """A port that was free a moment ago may be another expert's when torchrun binds it."""
     (stage,) = [stage for stage in stages_of(load_recipe(recipe_file)) if stage.name == "seed"]
-    command = worker_command(stage, Path("job.json"))
+    command = Machine(cores=2).command(stage, Path("job.json"))
     assert "--standalone" in command
     assert not [word for word in command if "port" in word]

@@ -1,0 +1,107 @@
+"""A stage inside a Slurm job: ``btx`` supervises on the first node, and srun starts its ranks on all of them.
+
+One task a node, and in it a torchrun with static rendezvous, so that rank 0 is on the first node. Signals
+come to the batch script alone (``--signal=B:``), and from there to ``btx``, which makes the ranks save.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from btx_megatron.errors import UserError
+from btx_megatron.launch.machine import Machine
+from btx_megatron.pipeline import PipelineStage
+from btx_megatron.recipe import Recipe
+
+IN_A_JOB = "BTX_SLURM_JOB"
+"""Environment variable that slurm/common.sh sets: this ``btx`` runs one stage in its own job."""
+
+_WORKER = "-m btx_megatron.launch.worker"
+_FIRST_PORT, _PORTS = 20_000, 10_000
+
+
+@dataclass(frozen=True)
+class Allocation(Machine):
+    """The nodes of a job. Slurm says which GPUs a rank sees."""
+
+    nodes: int = 1
+    job_id: int = 0
+    address: str = "127.0.0.1"
+    """Of the first node, as the others reach it."""
+    srun_options: tuple[str, ...] = ()
+
+    def environment(self, gpus: tuple[str, ...]) -> dict[str, str]:
+        """Nothing: what the batch script has set reaches the ranks."""
+        return {}
+
+    def command(self, stage: PipelineStage, job_file: Path) -> list[str]:
+        """Program and arguments that run a stage on the nodes."""
+        of_models = stage.task in ("train", "evaluate")
+        nodes = self.nodes if of_models else 1
+        worker = f"{_WORKER} {shlex.quote(str(job_file))}"
+        if of_models:
+            if stage.ranks % nodes:
+                raise UserError(f"stage {stage.name}: {stage.ranks} ranks on {nodes} nodes; submit it again")
+            worker = (
+                f"-m torch.distributed.run --nnodes={nodes} --node-rank=$SLURM_NODEID "
+                f"--nproc-per-node={stage.ranks // nodes} --master-addr={self.address} "
+                f"--master-port={_FIRST_PORT + self.job_id % _PORTS} {worker}"
+            )
+        # the guardian of a process is on the first node alone; Slurm ends the ranks with their job
+        line = f"unset BTX_GUARDIAN_PID; exec {shlex.quote(_python())} {worker}"
+        return [
+            "srun",
+            f"--nodes={nodes}",
+            f"--ntasks={nodes}",
+            "--ntasks-per-node=1",
+            "--kill-on-bad-exit=1",
+            *self.srun_options,
+            "bash",
+            "-c",
+            line,
+        ]
+
+
+def this_allocation(recipe: Recipe) -> Allocation | None:
+    """The job that this ``btx`` runs in; None where it runs on its own."""
+    if IN_A_JOB not in os.environ:
+        return None
+    nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+    cpus = int(os.environ.get("SLURM_CPUS_PER_TASK", os.environ.get("SLURM_CPUS_ON_NODE", "1")))
+    return Allocation(
+        cores=cpus * nodes,
+        nodes=nodes,
+        job_id=int(os.environ["SLURM_JOB_ID"]),
+        address=_first_address(),
+        srun_options=tuple(_srun_options(recipe)),
+    )
+
+
+def _srun_options(recipe: Recipe) -> list[str]:
+    options = []
+    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
+        options.append(f"--cpus-per-task={cpus}")  # since Slurm 22.05 srun does not take it from sbatch
+    if recipe.slurm.container_image:
+        options.append(f"--container-image={recipe.slurm.container_image}")
+    if recipe.slurm.container_mounts:
+        options.append(f"--container-mounts={','.join(recipe.slurm.container_mounts)}")
+    return options
+
+
+def _python() -> str:
+    return os.environ.get("BTX_PYTHON", sys.executable)
+
+
+def _first_address() -> str:
+    """Of the job's first node: its NodeAddr, since a node's name need not be one that resolves."""
+    node = os.environ.get("SLURMD_NODENAME", "")
+    told = subprocess.run(
+        ["scontrol", "--oneliner", "show", "node", node], capture_output=True, text=True, check=False
+    )
+    values = dict(part.split("=", 1) for part in told.stdout.split() if "=" in part)
+    return values.get("NodeAddr", node)

@@ -1,0 +1,259 @@
+"""The pipeline as a graph of Slurm jobs: one a stage, each started when those that it needs have ended well.
+
+    RUN/slurm/scripts/   the sbatch scripts as they were sent, environment.sh, and submit.sh: the same by hand
+    RUN/slurm/code/      the package as it was when the run was submitted, with its commit
+    RUN/slurm/logs/      output of each stage's job
+    RUN/slurm/jobs.json  the job of each stage
+
+What is finished is not submitted, what waits or runs is left alone: the same command repairs a graph that a
+failure has cut.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import btx_megatron
+from btx_megatron.durable import write_durably
+from btx_megatron.errors import UserError
+from btx_megatron.launch.queue import JobState, job_states, run_slurm
+from btx_megatron.launch.sbatch import JobRequest, job_request
+from btx_megatron.manifest import code_commit
+from btx_megatron.pipeline import stages_of, stages_to_run
+from btx_megatron.recipe import Recipe
+from btx_megatron.run_folder import RunFolder
+
+_PACKAGE = Path(btx_megatron.__file__).parent
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A stage's job, as jobs.json keeps it."""
+
+    id: int
+    after: tuple[int, ...]
+    """Jobs that it waits for."""
+    submitted: str
+
+
+def slurm_folder(run: RunFolder) -> Path:
+    """Where all that belongs to Slurm lies."""
+    return run.path / "slurm"
+
+
+def read_jobs(run: RunFolder) -> dict[str, SubmittedJob]:
+    """The last job of each stage. Raises UserError for a file that is broken."""
+    path = slurm_folder(run) / "jobs.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            stage: SubmittedJob(int(job["id"]), tuple(job["after"]), str(job["submitted"]))
+            for stage, job in content.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: broken; delete it once none of its jobs is queued (squeue --me)") from None
+
+
+def submit(
+    recipe: Recipe, only: Collection[str] = (), dry_run: bool = False, update_code: bool = False
+) -> list[str]:
+    """Send what is not finished and not queued; returns lines that tell of each stage.
+
+    ``only``: these stages alone. ``dry_run``: write scripts, code and submit.sh, and send nothing. Raises
+    UserError for a stage that is none, or needs one that is neither finished nor queued.
+    """
+    run = RunFolder(recipe.run_folder)
+    run.claim(recipe)
+    names = [stage.name for stage in stages_of(recipe)]
+    for name in only:
+        if name not in names:
+            raise UserError(f"--only {name}: no such stage; the recipe has {', '.join(names)}")
+    with run.lock("submit"):
+        folder = slurm_folder(run)
+        lines = _freeze(recipe, folder, update_code)
+        requests = _requests(recipe, run, only)
+        _write_submit_script(requests, run)
+        if dry_run:
+            return [*lines, *_dry_run_lines(requests, run)]
+        return [*lines, *_Submission(run, requests).send()]
+
+
+def _requests(recipe: Recipe, run: RunFolder, only: Collection[str]) -> list[JobRequest]:
+    stages = stages_to_run(stages_of(recipe), run, set(only) or {"report", "export"})
+    chosen = [stage for stage in stages if not only or stage.name in only]
+    return [job_request(recipe, stage, slurm_folder(run) / "logs") for stage in chosen]
+
+
+class _Submission:
+    def __init__(self, run: RunFolder, requests: list[JobRequest]) -> None:
+        self.run, self.requests = run, requests
+        self.jobs = read_jobs(run)
+        self.states = job_states([job.id for job in self.jobs.values()])
+
+    def send(self) -> list[str]:
+        if not self.requests:
+            return [f"nothing to submit: finished already, in {self.run.path}"]
+        lines = []
+        for request in self.requests:
+            after = self._after(request)
+            state = self._state(request.stage)
+            if state and state.alive and self._is_current(request, after):
+                lines.append(f"{request.stage}: job {self.jobs[request.stage].id} is {state.state.lower()}")
+                continue
+            if state and state.alive:  # it waits for a job that is no more
+                run_slurm(["scancel", str(self.jobs[request.stage].id)])
+            number = int(run_slurm(_sbatch(request, self.run, after)).strip().partition(";")[0])
+            submitted = datetime.now(UTC).isoformat(timespec="seconds")
+            self.jobs[request.stage] = SubmittedJob(number, after, submitted)
+            self.states[number] = JobState("PENDING")
+            _write_jobs(self.jobs, self.run)
+            waits = f", after {', '.join(map(str, after))}" if after else ""
+            lines.append(f"{request.stage}: job {number} on {_nodes_text(request)}{waits}")
+        return lines
+
+    def _after(self, request: JobRequest) -> tuple[int, ...]:
+        """The jobs of the stages that it needs and that are not finished."""
+        needed = [stage for stage in request.after if self.run.manifest(stage) is None]
+        for stage in needed:
+            state = self._state(stage)
+            if not (state and state.alive):
+                raise UserError(
+                    f"stage {request.stage} needs {stage}, which is neither finished nor queued; "
+                    "submit that too (without --only everything that is missing is)"
+                )
+        return tuple(self.jobs[stage].id for stage in needed)
+
+    def _is_current(self, request: JobRequest, after: tuple[int, ...]) -> bool:
+        """Whether its job runs, or waits for the jobs that are there (some may have ended well meanwhile)."""
+        state = self._state(request.stage)
+        return state is None or state.state != "PENDING" or set(after) <= set(self.jobs[request.stage].after)
+
+    def _state(self, stage: str) -> JobState | None:
+        return self.states.get(self.jobs[stage].id) if stage in self.jobs else None
+
+
+def cancel(recipe: Recipe, now: bool = False) -> list[str]:
+    """End the run's jobs: those that train save first, unless ``now``. Returns a line for each."""
+    run = RunFolder(recipe.run_folder)
+    jobs = read_jobs(run)
+    states = job_states([job.id for job in jobs.values()])
+    alive = {stage: job.id for stage, job in jobs.items() if job.id in states and states[job.id].alive}
+    waiting = {stage: number for stage, number in alive.items() if states[number].state == "PENDING"}
+    lines = []
+    for stage, number in [*waiting.items(), *((s, n) for s, n in alive.items() if s not in waiting)]:
+        gently = stage not in waiting and not now
+        run_slurm(["scancel", *(["--batch", "--signal=TERM"] if gently else []), str(number)])
+        lines.append(f"{stage}: job {number} {'saves and ends' if gently else 'is cancelled'}")
+    return lines or [f"nothing to cancel: no job of {run.path} is queued"]
+
+
+# what lies in the run folder
+
+
+def _freeze(recipe: Recipe, folder: Path, update_code: bool) -> list[str]:
+    """Scripts and environment as the recipe says now; the code once, so that all jobs of a run have one."""
+    for name in ("scripts", "logs"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for script in sorted(_scripts().iterdir()):
+        if script.suffix in (".sbatch", ".sh"):
+            shutil.copyfile(script, folder / "scripts" / script.name)
+    code, commit = folder / "code", code_commit() or "no commit"
+    if (code / "COMMIT").exists() and not update_code:
+        frozen = (code / "COMMIT").read_text(encoding="utf-8").strip()
+        lines = []
+        if frozen != commit:
+            lines = [
+                f"the code is that of the first submission ({frozen[:10]}); --update-code takes this one's"
+            ]
+    else:
+        shutil.rmtree(code, ignore_errors=True)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(_PACKAGE, code / _PACKAGE.name, ignore=ignored)
+        write_durably(code / "COMMIT", f"{commit}\n")
+        lines = []
+    write_durably(folder / "scripts" / "environment.sh", environment_text(recipe, code))
+    return lines
+
+
+def _scripts() -> Path:
+    """slurm/ of the repository; of an installed package, its copy."""
+    for place in (_PACKAGE.parent / "slurm", _PACKAGE / "slurm"):
+        if (place / "common.sh").exists():
+            return place
+    raise UserError(f"{_PACKAGE}: the sbatch scripts are missing; install the package again")
+
+
+def environment_text(recipe: Recipe, code: Path) -> str:
+    """environment.sh: modules, set-up and variables of the recipe."""
+    slurm = recipe.slurm
+    python = "python3" if slurm.container_image else sys.executable
+    values = {
+        **slurm.environment,
+        "BTX_SUPERVISOR_PYTHON": sys.executable,
+        "BTX_PYTHON": python,
+        "BTX_MAX_RESTARTS": str(slurm.max_restarts),
+    }
+    lines = ["# Written by btx submit: what the recipe's slurm section says.", *slurm.setup]
+    if slurm.modules:
+        lines.insert(1, f"module load {' '.join(map(shlex.quote, slurm.modules))}")
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
+    lines.append(f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    return "\n".join(lines) + "\n"
+
+
+def _write_submit_script(requests: list[JobRequest], run: RunFolder) -> None:
+    """submit.sh: the commands of sbatch, for whoever wants to read or to send them."""
+    names = {request.stage: _variable(request.stage) for request in requests}
+    lines = [
+        "#!/bin/bash",
+        "# What btx submit does, by hand. Jobs sent so are not known to btx status.",
+        "set -e",
+    ]
+    for request in requests:
+        command = [shlex.quote(word) for word in _sbatch(request, run, ())]
+        after = [f"${names[stage]}" for stage in request.after if stage in names]
+        if after:
+            command[2:2] = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
+        lines.append(f"{names[request.stage]}=$({' '.join(command)})")
+    write_durably(slurm_folder(run) / "scripts" / "submit.sh", "\n".join(lines) + "\n")
+
+
+def _variable(stage: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in stage)
+
+
+def _sbatch(request: JobRequest, run: RunFolder, after: tuple[int, ...]) -> list[str]:
+    dependency = f"--dependency=afterok:{':'.join(map(str, after))}"
+    options = [dependency, "--kill-on-invalid-dep=yes"] if after else []
+    script = slurm_folder(run) / "scripts" / request.script
+    return ["sbatch", "--parsable", *options, *request.options, str(script), str(run.path), request.stage]
+
+
+def _dry_run_lines(requests: list[JobRequest], run: RunFolder) -> list[str]:
+    lines = []
+    for request in requests:
+        after = [stage for stage in request.after if run.manifest(stage) is None]
+        waits = f", after {', '.join(after)}" if after else ""
+        lines.append(f"{request.stage}: {request.script} on {_nodes_text(request)}{waits}")
+    return [*lines, f"nothing was sent; the commands are in {slurm_folder(run) / 'scripts' / 'submit.sh'}"]
+
+
+def _nodes_text(request: JobRequest) -> str:
+    nodes = "1 node" if request.nodes == 1 else f"{request.nodes} nodes"
+    return f"{nodes} x {request.ranks_per_node}"
+
+
+def _write_jobs(jobs: Mapping[str, SubmittedJob], run: RunFolder) -> None:
+    content = {
+        stage: {"id": j.id, "after": list(j.after), "submitted": j.submitted} for stage, j in jobs.items()
+    }
+    write_durably(slurm_folder(run) / "jobs.json", json.dumps(content, indent=1) + "\n")
