@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from btx_megatron.errors import UserError
 from btx_megatron.matching import matched_train_iters, reference_stages, unresolved_stages
-from btx_megatron.methods import has_moe, training_stages
+from btx_megatron.methods import has_moe, stage_names, training_stages
 from btx_megatron.recipe import MATCHED_STAGES, SEED, Data, Model, Recipe, Source, Stage, Training
 from btx_megatron.recipe_ensemble_checks import ensemble_problems
 from btx_megatron.recipe_layout_checks import dense_layout_problems, layout_problems
@@ -22,6 +22,7 @@ from btx_megatron.recipe_mask_checks import mask_problems
 from btx_megatron.recipe_mix_checks import mix_problems
 from btx_megatron.recipe_moe_checks import moe_problems
 from btx_megatron.recipe_numbers import at_least, divisors, positive
+from btx_megatron.recipe_slurm_checks import slurm_problems
 
 RESERVED_NAMES = (SEED, "mean")
 """``seed`` names an expert of its own, ``mean`` a column of the report."""
@@ -81,6 +82,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from at_least("launch", recipe.launch, 0, ("max_parallel_experts", "threads_per_rank"))
     if recipe.launch.peak_tflops is not None:
         yield from positive("launch", recipe.launch, ("peak_tflops",))
+    yield from slurm_problems(recipe, [*stage_names(recipe), "evaluate", "report"])
 
 
 # data, tokenizer

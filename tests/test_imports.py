@@ -28,6 +28,7 @@ FLOORS = [
         "recipe_mask_checks",
         "recipe_mix_checks",
         "recipe_moe_checks",
+        "recipe_slurm_checks",
     },
     {"matching"},
     {"estimate_comm", "estimate_flops"},

@@ -85,10 +85,15 @@ def collect_sections(cls: type[Any], key: str, seen: dict[type[Any], str]) -> li
 
 
 def field_texts(cls: type[Any]) -> dict[str, str]:
-    """Field -> the string literal under it in the source. Raises ValueError for a field without one."""
+    """Field -> the string literal under it in the source, inherited ones too.
+
+    Raises ValueError for a field without one.
+    """
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
     texts: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, cls.__bases__):
+        texts |= field_texts(base)
     for statement, following in zip(body.body, [*body.body[1:], None], strict=True):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             if not (isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)):

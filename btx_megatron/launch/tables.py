@@ -88,12 +88,40 @@ def _plan_row(recipe: Recipe, stage: PipelineStage) -> list[str]:
 
 
 def status_text(recipe: Recipe) -> str:
-    """Each stage of the recipe's run: done, running, unfinished, failed or missing, and how far."""
+    """Each stage of the recipe's run: done, running, unfinished, failed or missing, and how far.
+
+    Where it was sent to Slurm, also each stage's job. Raises UserError where Slurm does not answer.
+    """
     run = RunFolder(recipe.run_folder)
-    rows = [["stage", "state", "time", ""]]
-    rows += [_status_row(run, stage) for stage in stages_of(recipe)]
+    jobs = _job_cells(run)
+    rows = [["stage", "state", "time", *(["job"] if jobs else []), ""]]
+    for stage in stages_of(recipe):
+        *cells, how_far = _status_row(run, stage)
+        rows.append([*cells, *([jobs.get(stage.name, "")] if jobs else []), how_far])
     text = "\n".join([str(run.path), "", columns(rows, right=(2,))])
     return "\n\n".join([text, *epochs_text(recipe)])
+
+
+def _job_cells(run: RunFolder) -> dict[str, str]:
+    """Stage -> ``7 RUNNING on n[1-2]`` or ``8 PENDING (Dependency)``; empty where nothing was sent to Slurm."""
+    from btx_megatron.launch.queue import job_states
+    from btx_megatron.launch.submit import read_jobs
+
+    jobs = read_jobs(run)
+    states = job_states([job.id for job in jobs.values()])
+    cells = {}
+    for stage, job in jobs.items():
+        state = states.get(job.id)
+        where = ""
+        if state:
+            where = (
+                f" on {state.nodes}"
+                if state.state == "RUNNING"
+                else f" ({state.reason})" * bool(state.reason)
+            )
+            where += f", restarted {state.restarts} times" * bool(state.restarts)
+        cells[stage] = f"{job.id} {state.state}{where}" if state else f"{job.id}"
+    return cells
 
 
 def _status_row(run: RunFolder, stage: PipelineStage) -> list[str]:

@@ -1,0 +1,143 @@
+"""What the recipe asks of Slurm, and what Slurm's answers mean; without a cluster (tests/slurm has one)."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btx_megatron.errors import UserError
+from btx_megatron.launch.queue import JobState, _from_squeue
+from btx_megatron.launch.sbatch import JobRequest, job_request
+from btx_megatron.launch.submit import environment_text, submit
+from btx_megatron.pipeline import stages_of
+from btx_megatron.recipe import Recipe
+from btx_megatron.recipe_checks import check_recipe
+from btx_megatron.recipe_file import parse_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def recipe_of(slurm: dict[str, Any], **values: Any) -> Recipe:
+    domains = [{"name": name, "sources": [{"path": "x"}]} for name in ("a", "b")]
+    training = {"train_iters": 10, "lr_warmup_iters": 0, "global_batch_size": 16}
+    stages = {"experts": {"a": {"layout": {"data_parallel_size": 16}}}}
+    tree = {"name": "n", "data": {"domains": domains}, "training": training, "stages": stages, "slurm": slurm}
+    recipe = parse_recipe({"baselines": [], **tree, **values})
+    check_recipe(recipe, "here")
+    return recipe
+
+
+def requests(recipe: Recipe) -> dict[str, JobRequest]:
+    return {stage.name: job_request(recipe, stage, Path("/logs")) for stage in stages_of(recipe)}
+
+
+def test_each_stage_asks_for_what_it_needs() -> None:
+    slurm = {
+        "partition": "h100",
+        "account": "us",
+        "time": "24:00:00",
+        "gpu_type": "h100",
+        "options": ["--nice=1"],
+        "cpu": {"partition": "cpu", "cpus_per_node": 16, "mem": "64G"},
+        "stages": {"expert": {"qos": "big"}, "expert:b": {"time": "1:00:00", "options": ["--comment=b"]}},
+    }
+    found = requests(recipe_of(slurm))
+    a, b, mix = found["expert:a"], found["expert:b"], found["mix"]
+    assert (a.nodes, a.ranks_per_node, a.script) == (2, 8, "expert.sbatch")
+    assert {"--gres=gpu:h100:8", "--partition=h100", "--qos=big", "--time=24:00:00"} <= set(a.options)
+    assert (b.nodes, b.ranks_per_node) == (1, 1)
+    assert {"--gres=gpu:h100:1", "--qos=big", "--time=1:00:00", "--nice=1", "--comment=b"} <= set(b.options)
+    assert mix.script == "mix.sbatch"
+    assert {"--partition=cpu", "--account=us", "--cpus-per-task=16", "--mem=64G"} <= set(mix.options)
+    assert not any(option.startswith(("--gres", "--qos")) for option in mix.options)
+    assert found["finetune"].script == found["seed"].script == "finetune.sbatch"
+    assert "--output=/logs/expert-a.log" in a.options
+    assert a.after == ("prepare", "seed")
+    for request in found.values():
+        assert {"--requeue", "--open-mode=append", "--signal=B:USR1@300"} <= set(request.options)
+        assert (ROOT / "slurm" / request.script).exists()
+
+
+def test_without_gpus_none_are_asked_for() -> None:
+    found = requests(recipe_of({"gpus_per_node": 4}, launch={"device": "cpu"}))
+    assert (found["expert:a"].nodes, found["expert:a"].ranks_per_node) == (4, 4)
+    assert not any("gres" in option for request in found.values() for option in request.options)
+
+
+@pytest.mark.parametrize(
+    ("slurm", "message"),
+    [
+        ({"time": "a day"}, "slurm.time 'a day': no time of Slurm's; write it as 24:00:00"),
+        ({"cpu": {"cpus_per_node": 0}}, "slurm.cpu.cpus_per_node 0: must be at least 1"),
+        ({"stages": {"expert:c": {}}}, "slurm.stages.expert:c: no such stage; the recipe has prepare, seed"),
+        ({"options": ["nice"]}, "an option of sbatch begins with '-'"),
+        ({"options": ["--output=x"]}, "btx submit sets --output itself"),
+        ({"environment": {"A B": "1"}}, "slurm.environment.A B: no name of a variable"),
+        ({"container_mounts": ["/x:/x"]}, "slurm.container_mounts: there is no container"),
+    ],
+)
+def test_refusals(slurm: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        recipe_of(slurm)
+    assert message in str(error.value)
+
+
+def test_ranks_that_fill_no_nodes() -> None:
+    with pytest.raises(
+        UserError, match=r"stage expert:a: 16 ranks do not fill nodes of slurm.gpus_per_node 6"
+    ):
+        requests(recipe_of({"gpus_per_node": 6}))
+
+
+def test_environment_is_what_the_shell_reads(tmp_path: Path) -> None:
+    slurm = {"setup": ["export FIRST=1"], "environment": {"B": "it's $HOME"}, "max_restarts": 3}
+    (tmp_path / "environment.sh").write_text(environment_text(recipe_of(slurm), tmp_path / "code"))
+    line = f'source {tmp_path}/environment.sh; echo "$FIRST|$B|$BTX_MAX_RESTARTS|$PYTHONPATH"'
+    told = subprocess.run(
+        ["bash", "-uc", line], env={"PYTHONPATH": "there"}, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == f"1|it's $HOME|3|{tmp_path}/code:there"
+
+
+def test_a_dry_run_leaves_scripts_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/bin:/usr/bin/nowhere")
+    recipe = recipe_of({}, run_folder=str(tmp_path / "run"))
+    lines = submit(recipe, dry_run=True)
+    scripts = tmp_path / "run" / "slurm" / "scripts"
+    assert lines[2] == "expert:a: expert.sbatch on 2 nodes x 8, after prepare, seed"
+    told = (scripts / "submit.sh").read_text()
+    assert (
+        "expert_a=$(sbatch --parsable --dependency=afterok:$prepare:$seed --kill-on-invalid-dep=yes" in told
+    )
+    for script in (*scripts.glob("*.sh"), *scripts.glob("*.sbatch")):
+        subprocess.run(["/bin/bash", "-n", str(script)], check=True)
+    assert (tmp_path / "run" / "slurm" / "code" / "btx_megatron" / "cli.py").exists()
+    assert not (tmp_path / "run" / "slurm" / "jobs.json").exists()
+    with pytest.raises(UserError, match="sbatch: not found; run this where Slurm is"):
+        submit(recipe)
+    with pytest.raises(UserError, match="--only expert:c: no such stage"):
+        submit(recipe, only=["expert:c"], dry_run=True)
+    with pytest.raises(UserError, match="stage expert:a needs prepare, which is neither finished nor queued"):
+        submit(recipe, only=["expert:a"])
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"job_state": "PENDING", "state_reason": "Dependency", "restart_cnt": 2, "nodes": "", "job_id": 7},
+        {
+            "job_state": ["PENDING", "REQUEUED"],
+            "state_reason": "Dependency",
+            "restart_cnt": {"set": True, "infinite": False, "number": 2},
+            "nodes": "",
+            "job_id": {"set": True, "infinite": False, "number": 7},
+        },
+    ],
+)
+def test_squeue_of_old_and_new_versions(job: dict[str, Any]) -> None:
+    assert _from_squeue({"jobs": [job]}) == [(7, JobState("PENDING", "Dependency", 2, ""))]
+    assert JobState("PENDING").alive
+    assert not JobState("CANCELLED").alive
