@@ -10,14 +10,8 @@ from btx_megatron.recipe_numbers import at_least
 
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE")
 _OURS = (
-    "--dependency",
-    "--signal",
-    "--requeue",
-    "--open-mode",
-    "--output",
-    "--job-name",
-    "--nodes",
-    "--ntasks",
+    *("--dependency", "--signal", "--requeue", "--open-mode", "--output", "--job-name"),
+    *("--nodes", "--ntasks", "--ntasks-per-node"),
 )
 
 

@@ -27,6 +27,14 @@ class JobState:
     restarts: int = 0
     nodes: str = ""
 
+    def __str__(self) -> str:
+        """``RUNNING on n[1-2]``, ``PENDING (Dependency)``, ``RUNNING on n3, restarted 2 times``."""
+        detail = f" on {self.nodes}" if self.state == "RUNNING" else ""
+        if self.state != "RUNNING" and self.reason:
+            detail = f" ({self.reason})"
+        times = {0: "", 1: ", restarted once"}.get(self.restarts, f", restarted {self.restarts} times")
+        return f"{self.state}{detail}{times}"
+
     @property
     def alive(self) -> bool:
         """Whether it runs or may still run."""

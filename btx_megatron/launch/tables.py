@@ -103,25 +103,13 @@ def status_text(recipe: Recipe) -> str:
 
 
 def _job_cells(run: RunFolder) -> dict[str, str]:
-    """Stage -> ``7 RUNNING on n[1-2]`` or ``8 PENDING (Dependency)``; empty where nothing was sent to Slurm."""
+    """Stage -> ``7 RUNNING on n[1-2]`` or ``8 PENDING (Dependency)``; empty where Slurm was sent nothing."""
     from btx_megatron.launch.queue import job_states
     from btx_megatron.launch.submit import read_jobs
 
     jobs = read_jobs(run)
     states = job_states([job.id for job in jobs.values()])
-    cells = {}
-    for stage, job in jobs.items():
-        state = states.get(job.id)
-        where = ""
-        if state:
-            where = (
-                f" on {state.nodes}"
-                if state.state == "RUNNING"
-                else f" ({state.reason})" * bool(state.reason)
-            )
-            where += f", restarted {state.restarts} times" * bool(state.restarts)
-        cells[stage] = f"{job.id} {state.state}{where}" if state else f"{job.id}"
-    return cells
+    return {stage: f"{job.id} {states.get(job.id, '')}".rstrip() for stage, job in jobs.items()}
 
 
 def _status_row(run: RunFolder, stage: PipelineStage) -> list[str]:

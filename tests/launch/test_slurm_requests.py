@@ -103,19 +103,18 @@ def test_environment_is_what_the_shell_reads(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_leaves_scripts_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/bin:/usr/bin/nowhere")
     recipe = recipe_of({}, run_folder=str(tmp_path / "run"))
     lines = submit(recipe, dry_run=True)
     scripts = tmp_path / "run" / "slurm" / "scripts"
     assert lines[2] == "expert:a: expert.sbatch on 2 nodes x 8, after prepare, seed"
     told = (scripts / "submit.sh").read_text()
-    assert (
-        "expert_a=$(sbatch --parsable --dependency=afterok:$prepare:$seed --kill-on-invalid-dep=yes" in told
-    )
+    dependency = "--dependency=afterok:$prepare:$seed --kill-on-invalid-dep=yes"
+    assert f"expert_a=$(sbatch --parsable {dependency}" in told
     for script in (*scripts.glob("*.sh"), *scripts.glob("*.sbatch")):
         subprocess.run(["/bin/bash", "-n", str(script)], check=True)
     assert (tmp_path / "run" / "slurm" / "code" / "btx_megatron" / "cli.py").exists()
     assert not (tmp_path / "run" / "slurm" / "jobs.json").exists()
+    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="sbatch: not found; run this where Slurm is"):
         submit(recipe)
     with pytest.raises(UserError, match="--only expert:c: no such stage"):

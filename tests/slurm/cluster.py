@@ -117,7 +117,7 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """A node's daemon and all that it runs die at once; the controller is told that it is down."""
         self._daemons.pop(name).kill()
-        for pid, environment in _processes():
+        for pid, environment in processes():
             if f"SLURMD_NODENAME={name}\0" in environment and str(self.root) in environment:
                 _kill(pid)
         self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed")
@@ -130,7 +130,7 @@ class Cluster:
         for daemon in self._daemons.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(5)
-        for pid, environment in _processes():
+        for pid, environment in processes():
             if str(self.root) in environment:
                 _kill(pid)
 
@@ -184,7 +184,8 @@ def _wait(condition: Any, what: str, seconds: float = 30) -> None:
         time.sleep(0.1)
 
 
-def _processes() -> Iterator[tuple[int, str]]:
+def processes() -> Iterator[tuple[int, str]]:
+    """Other processes of this machine, with their environments (NAME=VALUE, a zero byte after each)."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
