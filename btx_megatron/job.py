@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from btx_megatron.manifest import CHECKPOINTS as CHECKPOINTS
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_file import parse_recipe, recipe_to_dict
 from btx_megatron.runtime.progress import PROGRESS_FILE
@@ -17,7 +18,6 @@ Task = Literal["prepare", "import", "train", "mix", "average", "evaluate", "repo
 
 JOB_FILE = "job.json"
 LOG_FILE = "log.txt"
-CHECKPOINTS = "checkpoints"
 PASSING_FILES = (JOB_FILE, PROGRESS_FILE, STOP_FILE, DURATION_FILE)
 """Files of a work folder that say nothing any more once the stage is finished."""
 LAUNCH_FILES = (*PASSING_FILES, LOG_FILE)

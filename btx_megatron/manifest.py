@@ -20,6 +20,8 @@ import btx_megatron
 from btx_megatron.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
+CHECKPOINTS = "checkpoints"
+"""Where a stage's folder has its model."""
 
 
 @dataclass(frozen=True)

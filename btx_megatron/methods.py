@@ -2,6 +2,7 @@
 
 method            stages after prepare and seed                    ends with
 btx               experts, mix, average, finetune                  finetune
+  with grow_from  grown_from, new experts, mix, finetune           finetune
 sparse_upcycling  upcycle, sparse_upcycling_dm or ..._cm           that
 dense             dense                                            dense
 btm, timoe        experts, average                                 the experts
@@ -12,7 +13,7 @@ own, so that the two can be compared and neither needs rules of its own.
 
 from __future__ import annotations
 
-from btx_megatron.recipe import MATCHED_STAGES, Recipe
+from btx_megatron.recipe import GROWN_FROM, MATCHED_STAGES, Recipe
 
 _NOT_TRAINED = ("prepare", "mix", "average", "upcycle")
 
@@ -32,10 +33,12 @@ def baseline_stages(recipe: Recipe) -> list[str]:
 def stage_names(recipe: Recipe) -> list[str]:
     """All stages before the evaluation, each after those that it reads."""
     main = main_stage(recipe)
-    after_experts = {"finetune": ["mix", "average", "finetune"], None: ["average"]}.get(main, [])
+    grown_from = [GROWN_FROM] if recipe.mix.grow_from else []
+    average = [] if grown_from else ["average"]  # of the old experts' models, which are not there any more
+    after_experts = {"finetune": ["mix", *average, "finetune"], None: ["average"]}.get(main, [])
     from_seed = ([main] if main in MATCHED_STAGES else []) + baseline_stages(recipe)
     upcycle = ["upcycle"] if any(recipe.num_experts(stage) for stage in from_seed) else []
-    return ["prepare", "seed", *recipe.expert_stages, *after_experts, *upcycle, *from_seed]
+    return ["prepare", "seed", *grown_from, *recipe.expert_stages, *after_experts, *upcycle, *from_seed]
 
 
 def training_stages(recipe: Recipe) -> list[str]:

@@ -1,6 +1,6 @@
 """The paper's figure as code: which stages a run has, and which finished stages each one reads.
 
-    prepare -> seed -> experts, each apart -> mix     -> finetune ----+
+    prepare -> seed -> experts, each apart -> mix     -> finetune ----+   (grown: mix reads grown_from, too)
                  |                         -> average ----------------+-> evaluate -> report
                  +-> dense (baseline) --------------------------------+
                  +-> upcycle -> sparse_upcycling_dm, _cm (baselines) -+
@@ -20,7 +20,14 @@ from dataclasses import dataclass
 from btx_megatron import methods
 from btx_megatron.errors import UserError
 from btx_megatron.job import Task, branches_from
-from btx_megatron.recipe import MATCHED_STAGES, MEASURED_FROM_SEED, ROUTERS_FROM_TEXT, SEED, Recipe
+from btx_megatron.recipe import (
+    GROWN_FROM,
+    MATCHED_STAGES,
+    MEASURED_FROM_SEED,
+    ROUTERS_FROM_TEXT,
+    SEED,
+    Recipe,
+)
 from btx_megatron.run_folder import RunFolder
 
 
@@ -58,6 +65,7 @@ def stages_of_command(recipe: Recipe, command: str, domain: str | None = None) -
         "train": [f"expert:{domain}"] if domain is not None else recipe.expert_stages,
         "mix": [stage.name for stage in stages if stage.task in ("mix", "average")],
         "upcycle": methods.upcycling_stages(recipe),
+        SEED: [SEED, GROWN_FROM] if recipe.mix.grow_from else [SEED],
     }.get(command, [command])
     known = [stage.name for stage in stages]
     if command in MATCHED_STAGES and command not in known:
@@ -83,6 +91,8 @@ def _stage(recipe: Recipe, name: str) -> PipelineStage:
 def _mixed_from(recipe: Recipe, name: str) -> tuple[str, ...]:
     """The models, the seed where the average is measured from it, and the data that a router is made from."""
     mix = recipe.mix
+    if mix.grow_from:
+        return (GROWN_FROM, *recipe.expert_stages, *((SEED,) if SEED in recipe.joining_names else ()))
     base = mix.average in MEASURED_FROM_SEED and not (name == "average" and mix.average == "base")
     seed = (SEED,) if mix.include_seed or base else ()
     text = ("prepare",) if name == "mix" and mix.router_init in ROUTERS_FROM_TEXT else ()
@@ -145,6 +155,8 @@ def command_of(stage: str) -> str:
     kind, _, domain = stage.partition(":")
     if kind == "expert":
         return f"train RECIPE --domain {domain}"
+    if kind == GROWN_FROM:
+        return "seed RECIPE"
     if kind in ("average", "upcycle"):
         return "mix RECIPE"
     if kind.startswith("sparse_upcycling"):

@@ -21,8 +21,10 @@ from btx_megatron.recipe_slurm import SlurmJob as SlurmJob
 from btx_megatron.recipe_training import Training as Training
 from btx_megatron.times import TimeWindow, parse_time_window
 
+GROWN_FROM = "grown_from"
+"""The stage that brings in the mixture which ``mix.grow_from`` names."""
 SEED = "seed"  # the name of the seed model's expert; no domain may have it
-MOE_STAGES = ("mix", "finetune", "upcycle", "sparse_upcycling_dm", "sparse_upcycling_cm")
+MOE_STAGES = (GROWN_FROM, "mix", "finetune", "upcycle", "sparse_upcycling_dm", "sparse_upcycling_cm")
 """Stages whose model is a mixture of experts."""
 MATCHED_STAGES = ("dense", "sparse_upcycling_dm", "sparse_upcycling_cm")
 """Stages that train as long as btx does, if the recipe does not say how long."""
@@ -338,12 +340,21 @@ class Recipe:
         return [domain.name for domain in self.data.domains]
 
     @property
-    def source_names(self) -> list[str]:
+    def joining_names(self) -> list[str]:
         """The models that are mixed: one a domain, then the seed, where it joins.
+
+        Into a mixture that is grown: those that it has no expert of.
+        """
+        names = self.domain_names + ([SEED] if self.mix.include_seed else [])
+        return [name for name in names if name not in self.mix.grow_experts]
+
+    @property
+    def source_names(self) -> list[str]:
+        """Where experts come from: those kept of a mixture that is grown, then the models that join.
 
         Sparse upcycling puts the seed in the place of each: seed.0, seed.1, ...
         """
-        names = self.domain_names + ([SEED] if self.mix.include_seed else [])
+        names = self.mix.kept_experts + self.joining_names
         if self.method == "sparse_upcycling":
             return [f"{SEED}.{number}" for number in range(len(names))]
         return names
@@ -378,22 +389,25 @@ class Recipe:
 
     def num_experts(self, stage: str) -> int | None:
         """Experts of a stage's model; None: it is dense."""
+        if stage == GROWN_FROM:
+            return len(self.mix.grow_experts)
         return len(self.expert_names) if stage in MOE_STAGES else None
 
     @property
     def expert_stages(self) -> list[str]:
         """The stages that train an expert apart, with the methods that have such."""
         apart = self.method not in ("sparse_upcycling", "dense")
-        return [f"expert:{name}" for name in self.domain_names] if apart else []
+        return [f"expert:{name}" for name in self.joining_names if name != SEED] if apart else []
 
     @property
     def imported_stages(self) -> list[str]:
         """Stages whose model is a checkpoint that the recipe names; they do not train."""
-        return [
-            name for name in (SEED, *self.expert_stages) if self.stage(name).pretrained_checkpoint is not None
-        ]
+        stages = (SEED, GROWN_FROM, *self.expert_stages)
+        return [name for name in stages if self.stage(name).pretrained_checkpoint is not None]
 
     def stage(self, name: str) -> Stage:
         """The stage ``seed``, ``finetune``, a baseline or ``expert:DOMAIN``."""
         kind, _, domain = name.partition(":")
+        if kind == GROWN_FROM:
+            return Stage(self.training, self.layout, pretrained_checkpoint=self.mix.grow_from)
         return self.stages.experts[domain] if kind == "expert" else getattr(self.stages, kind)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from btx_megatron.errors import UserError
 from btx_megatron.matching import matched_train_iters, reference_stages, unresolved_stages
 from btx_megatron.methods import has_moe, stage_names, training_stages
-from btx_megatron.recipe import MATCHED_STAGES, SEED, Data, Model, Recipe, Source, Stage, Training
+from btx_megatron.recipe import GROWN_FROM, MATCHED_STAGES, SEED, Data, Model, Recipe, Source, Stage, Training
 from btx_megatron.recipe_ensemble_checks import ensemble_problems
 from btx_megatron.recipe_layout_checks import dense_layout_problems, layout_problems
 from btx_megatron.recipe_mask_checks import mask_problems
@@ -203,7 +203,7 @@ def _import_problems(recipe: Recipe) -> Iterator[str]:
             )
     if recipe.imported_stages and recipe.tokenizer.tokenizer_model is None:
         yield (
-            f"tokenizer.tokenizer_model is missing; {stage_key(recipe.imported_stages[0])} is a checkpoint, "
+            f"tokenizer.tokenizer_model is missing; {import_key(recipe.imported_stages[0])} is a checkpoint, "
             "name the tokenizer that it was trained with"
         )
 
@@ -227,6 +227,11 @@ def stage_key(stage: str) -> str:
     """Where a stage stands in the recipe: ``expert:math`` is ``stages.experts.math``."""
     kind, _, domain = stage.partition(":")
     return f"stages.experts.{domain}" if kind == "expert" else f"stages.{kind}"
+
+
+def import_key(stage: str) -> str:
+    """Where the checkpoint of an imported stage is named."""
+    return "mix.grow_from" if stage == GROWN_FROM else f"{stage_key(stage)}.pretrained_checkpoint"
 
 
 def _stage_problems(recipe: Recipe, name: str) -> Iterator[str]:

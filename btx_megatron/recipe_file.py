@@ -21,6 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from btx_megatron.errors import UserError
 from btx_megatron.recipe import MATCHED_STAGES, Recipe
 from btx_megatron.recipe_checks import check_recipe, resolve_train_iters
+from btx_megatron.recipe_grow import take_run
+
+RECIPE_FILE = "recipe.yaml"
+"""The resolved recipe in a run folder."""
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -35,6 +39,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         _apply(tree, override)
     recipe = parse_recipe(tree, where=str(path))
     _resolve_paths(recipe, path.resolve().parent)
+    if recipe.mix.grow_from is not None:
+        _look_at_grown(recipe, Path(recipe.mix.grow_from), where=str(path))
     check_recipe(recipe, where=str(path))
     resolve_train_iters(recipe)
     return recipe
@@ -113,8 +119,22 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> None:
     for stage in (recipe.stages.seed, *recipe.stages.experts.values()):
         if stage.pretrained_checkpoint:
             stage.pretrained_checkpoint = str(folder / Path(stage.pretrained_checkpoint).expanduser())
+    if recipe.mix.grow_from:
+        recipe.mix.grow_from = str(folder / Path(recipe.mix.grow_from).expanduser())
     if recipe.tokenizer.tokenizer_model:
         recipe.tokenizer.tokenizer_model = str(folder / Path(recipe.tokenizer.tokenizer_model).expanduser())
+
+
+def _look_at_grown(recipe: Recipe, grown: Path, where: str) -> None:
+    """Take what a run says of the mixture to grow. Raises UserError where it cannot be grown."""
+    if not grown.exists():
+        raise UserError(
+            f"{where}: mix.grow_from {grown}: not there; give the run folder of a finished btx run, or a "
+            "checkpoint of a MoE"
+        )
+    made_by = grown / RECIPE_FILE
+    if made_by.exists():
+        take_run(recipe, grown, parse_recipe(_read_tree(made_by), where=str(made_by)), where)
 
 
 def _shape_problems(kind: Any, value: Any, key: str) -> Iterator[str]:

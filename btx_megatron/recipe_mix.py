@@ -62,6 +62,23 @@ class Mix:
     random_seed: int = 1234
     """Seed of all that is drawn: router, dare, drop_ratio, and the sample for centroid and ridge."""
 
+    grow_from: str | None = None
+    """The mixture to grow, or shrink, instead of mixing anew: the run folder of a finished btx run, or a
+    checkpoint of a MoE in any format. Experts are trained for those domains that it has no expert of. Of a
+    run, seed and tokenizer are taken, too. A relative path starts at the recipe."""
+    grow_experts: list[str] = field(default_factory=list)
+    """Names of that mixture's experts, in the order of its router's rows; of a run they are known."""
+    grow_share: float | None = None
+    """Share of each new expert in all weights but the experts': (1 - k share) old + share sum new, of k new
+    ones. Null: 1 / (experts kept + k)."""
+    drop: list[str] = field(default_factory=list)
+    """Experts of that mixture that are left out, by name."""
+
+    @property
+    def kept_experts(self) -> list[str]:
+        """Experts of the mixture that is grown which stay, in its order; [] where none is grown."""
+        return [name for name in self.grow_experts if name not in self.drop]
+
     @property
     def experts_a_source(self) -> int:
         """Experts that each of the mixed models gives; with blend no expert is of one model."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from btx_megatron.methods import main_stage, upcycling_stages
 from btx_megatron.recipe import Mix, Recipe
+from btx_megatron.recipe_grow_checks import grow_problems
 from btx_megatron.recipe_numbers import at_least, divisors, positive
 
 _MAX_SEED = (1 << 32) - 1
@@ -19,6 +20,7 @@ _MAX_SEED = (1 << 32) - 1
 
 def mix_problems(recipe: Recipe) -> Iterator[str]:
     """Everything in ``mix`` that cannot hold, or would change nothing, with the recipe's method."""
+    yield from grow_problems(recipe)
     upcycled = upcycling_stages(recipe)
     mixed = main_stage(recipe) == "finetune"
     if mixed or recipe.method in ("btm", "timoe"):

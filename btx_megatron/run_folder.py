@@ -29,9 +29,8 @@ from btx_megatron.durable import sync, sync_tree, write_durably
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import MANIFEST_FILE, Manifest, manifest_text, read_manifest
 from btx_megatron.recipe import Recipe
-from btx_megatron.recipe_file import parse_recipe, recipe_to_dict
+from btx_megatron.recipe_file import RECIPE_FILE, parse_recipe, recipe_to_dict
 
-RECIPE_FILE = "recipe.yaml"
 LOCKS = ".locks"
 
 _CLAIM = "recipe"  # the lock of those who read and write the recipe

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from btx_megatron.methods import baseline_stages, main_stage
-from btx_megatron.recipe import SEED, Recipe
+from btx_megatron.recipe import GROWN_FROM, SEED, Recipe
 
-MOE_ROWS = ("merged", "btx", "sparse_upcycling_dm", "sparse_upcycling_cm")
+MOE_ROWS = (GROWN_FROM, "merged", "btx", "sparse_upcycling_dm", "sparse_upcycling_cm")
 """Rows whose model is a mixture of experts."""
 BTM_ROWS = ("btm:top-1", "btm:top-2", "btm:uniform", "btm:cached", "btm:updating")
 """Experts chosen by similarity, and weighed by a posterior with that prior."""
@@ -42,7 +42,7 @@ def spent_on(recipe: Recipe, row: str) -> list[str]:
         return experts
     if opted_out(row):
         row = main_row(recipe)
-    stages = {SEED: [], "average": experts, "merged": experts, "btx": [*experts, "finetune"]}
+    stages = {SEED: [], GROWN_FROM: [], "average": experts, "merged": experts, "btx": [*experts, "finetune"]}
     return stages.get(row, [row])
 
 
@@ -50,7 +50,9 @@ def rows_of(recipe: Recipe) -> dict[str, str]:
     """Rows in the table's order: row -> the stage whose checkpoint it is. The method's own is last."""
     main = main_stage(recipe)
     rows = {SEED: "seed", **{name: name for name in recipe.expert_stages}}
-    rows |= {"average": "average"} if recipe.expert_stages else {}
+    grown = recipe.mix.grow_from is not None
+    rows |= {"average": "average"} if recipe.expert_stages and not grown else {}
+    rows |= {GROWN_FROM: GROWN_FROM} if grown else {}
     rows |= {"merged": "mix"} if main == "finetune" else {}
     rows |= {baseline: baseline for baseline in baseline_stages(recipe)}
     rows |= {f"{WITHOUT}{name}": main for name in recipe.evaluate.opt_out if main}

@@ -20,7 +20,7 @@ from typing import Any
 
 from btx_megatron.errors import Stopped
 from btx_megatron.job import CHECKPOINTS, LAUNCH_FILES, Job, Task, read_job
-from btx_megatron.recipe import SEED
+from btx_megatron.recipe import GROWN_FROM, SEED
 from btx_megatron.recipe_file import recipe_to_dict
 from btx_megatron.run_folder import stage_folder
 from btx_megatron.runtime.outcome import error_line, write_error, write_result, write_stopped
@@ -82,6 +82,8 @@ def _mix(job: Job) -> dict[str, Any]:
     from btx_megatron.mixing.mix import mix
     from btx_megatron.mixing.of_recipe import mix_options, needs_base, router_tokens, upcycling_options
 
+    if job.stage == "mix" and job.recipe.mix.grow_from is not None:
+        return {"outputs": {"tensors": _grow(job)}}
     if job.stage == "upcycle":
         table = mix({SEED: _checkpoints(job, SEED)}, _output(job), upcycling_options(job.recipe))
     else:
@@ -90,6 +92,17 @@ def _mix(job: Job) -> dict[str, Any]:
         text = router_tokens(job.recipe, job.data_folder)
         table = mix(_source_checkpoints(job), _output(job), options, base, text)
     return {"outputs": {"tensors": table}}
+
+
+def _grow(job: Job) -> dict[str, Any]:
+    from btx_megatron.mixing.mix import grow_trained
+    from btx_megatron.mixing.of_recipe import mix_options
+
+    mix = job.recipe.mix
+    kept = [mix.grow_experts.index(name) for name in mix.kept_experts]
+    old, options = _checkpoints(job, GROWN_FROM), mix_options(job.recipe)
+    new = _source_checkpoints(job)
+    return grow_trained(old, kept, new, _output(job), share=mix.grow_share, options=options)
 
 
 def _average(job: Job) -> dict[str, Any]:
@@ -144,7 +157,7 @@ def _verify_inputs(job: Job) -> None:
 
 def _source_checkpoints(job: Job) -> dict[str, Path]:
     """Checkpoint folder of each model that is mixed, in their order: the seed, if any, last."""
-    stages = {name: SEED if name == SEED else f"expert:{name}" for name in job.recipe.source_names}
+    stages = {name: SEED if name == SEED else f"expert:{name}" for name in job.recipe.joining_names}
     return {name: _checkpoints(job, stage) for name, stage in stages.items()}
 
 

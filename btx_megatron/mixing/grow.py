@@ -4,17 +4,18 @@ A mixture that was never trained is better mixed again from its sources (``remix
 expert counts in the mean as every other. A trained one keeps what it learned: its experts and router rows
 stay, the new expert's feed-forwards and a new router row join them, and the rest moves a little towards the
 new expert's: (1 - lambda) trained + lambda new, by default with lambda = 1 / (N + 1), the new expert's share
-among N + 1.
+among N + 1. Of k new experts each has lambda, and (1 - k lambda) stays: by default 1 / (N + k), which is what
+adding them one after another comes to, in any order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from btx_megatron.checkpoints.names import DENSE, DENSE_TO_MOE, ROUTER, has_expert_axis
 from btx_megatron.checkpoints.pieces import Index, Source, TensorInfo
@@ -25,69 +26,89 @@ from btx_megatron.mixing.average import weighted_mean
 from btx_megatron.mixing.plan import common_weights
 from btx_megatron.mixing.router_init import normal_router
 
+MIXTURE = "(mixture)"
+"""The mixture among its sources; no expert may have such a name."""
 MOE_TO_DENSE = {moe: dense for dense, moe in DENSE_TO_MOE.items()}
 
 
 def plan_grow(
-    moe: Source, name: str, new: Source, share: float | None, router_std: float, random_seed: int
+    moe: Source,
+    kept: Sequence[int],
+    new: Mapping[str, Source],
+    share: float | None,
+    router_std: float,
+    random_seed: int,
 ) -> list[PlannedTensor]:
-    """The mixture with one expert more, its last. ``share`` is lambda; None: 1 / (N + 1).
+    """The mixture with the experts ``kept`` of its own, then the ``new`` ones, by name.
 
-    Raises UserError where ``moe`` is no mixture, ``new`` is no branch of the same model, or lambda is none.
+    ``share`` is lambda, of each new one; None: 1 / experts of the result. Without a new one all that is kept
+    is copied. Raises UserError where ``moe`` is no mixture, a new one is no branch of the same model, or
+    lambda is none.
     """
-    experts = count_experts(moe)
-    weight = 1 / (experts + 1) if share is None else share
-    if not 0 <= weight <= 1:
-        raise UserError(f"--lambda {share}: must lie between 0 and 1")
-    _check_branch(moe, name, new)
+    count_experts(moe)
+    weight = 1 / (len(kept) + len(new)) if share is None else share
+    if not 0 <= weight * len(new) <= 1:
+        raise UserError(f"--lambda {share}: must lie between 0 and 1, for all new experts together")
+    for name, source in new.items():
+        _check_branch(moe, name, source)
     planned = []
     for key, info in moe.tensors.items():
         dense = MOE_TO_DENSE.get(key, key)
         if key == ROUTER:
-            planned.append(_router(moe, info, router_std, random_seed))
+            planned.append(_router(moe, info, kept, len(new), router_std, random_seed))
         elif has_expert_axis(key):
-            planned.append(_joined(moe, key, info, dense, name, new))
+            planned.append(_joined(moe, key, info, kept, dense, new))
+        elif new:
+            planned.append(_moved(moe, key, info, dense, new, weight))
         else:
-            planned.append(_moved(moe, key, info, dense, name, new, weight))
+            planned.append(PlannedTensor(key, info, "copy", (MIXTURE,), partial(rows_of, moe, key)))
     return planned
 
 
-def _joined(moe: Source, key: str, info: TensorInfo, dense: str, name: str, new: Source) -> PlannedTensor:
-    layers, experts, *rest = info.shape
+def _joined(
+    moe: Source, key: str, info: TensorInfo, kept: Sequence[int], dense: str, new: Mapping[str, Source]
+) -> PlannedTensor:
+    layers, _, *rest = info.shape
+    joining = list(new.values())
 
     def make(index: Index) -> Rows:
         layer, expert = index
-        return rows_of(moe, key, index) if expert < experts else rows_of(new, dense, (layer,))
+        if expert < len(kept):
+            return rows_of(moe, key, (layer, kept[expert]))
+        return rows_of(joining[expert - len(kept)], dense, (layer,))
 
-    grown = TensorInfo((layers, experts + 1, *rest), info.dtype)
-    return PlannedTensor(key, grown, "expert", ("mixture", name), make)
+    grown = TensorInfo((layers, len(kept) + len(new), *rest), info.dtype)
+    return PlannedTensor(key, grown, "expert" if new else "copy", (MIXTURE, *new), make)
 
 
 def _moved(
-    moe: Source, key: str, info: TensorInfo, dense: str, name: str, new: Source, weight: float
+    moe: Source, key: str, info: TensorInfo, dense: str, new: Mapping[str, Source], weight: float
 ) -> PlannedTensor:
+    weights = (1 - weight * len(new), *([weight] * len(new)))
+
     def make(index: Index) -> Rows:
-        trained, other = rows_of(moe, key, index), rows_of(new, dense, index)
+        inputs = [rows_of(moe, key, index), *(rows_of(source, dense, index) for source in new.values())]
+        return lambda start, stop: weighted_mean((rows(start, stop) for rows in inputs), weights)
 
-        def rows(start: int, stop: int) -> Tensor:
-            return weighted_mean((trained(start, stop), other(start, stop)), (1 - weight, weight))
-
-        return rows
-
-    return PlannedTensor(key, info, f"lambda {weight:.6g}", ("mixture", name), make)
+    return PlannedTensor(key, info, f"lambda {weight:.6g}", (MIXTURE, *new), make)
 
 
-def _router(moe: Source, info: TensorInfo, std: float, random_seed: int) -> PlannedTensor:
+def _router(
+    moe: Source, info: TensorInfo, kept: Sequence[int], joining: int, std: float, random_seed: int
+) -> PlannedTensor:
     layers, experts, hidden = info.shape
 
     def make(index: Index) -> Rows:
         (layer,) = index
-        row = normal_router(layer, 1, hidden, std, random_seed)
-        whole = torch.cat([rows_of(moe, ROUTER, index)(0, experts), row.to(info.dtype)])
-        return lambda start, stop: whole[start:stop]
+        rows = rows_of(moe, ROUTER, index)(0, experts)[list(kept)]
+        if joining:
+            new_rows = normal_router(layer, joining, hidden, std, random_seed)
+            rows = torch.cat([rows, new_rows.to(info.dtype)])
+        return lambda start, stop: rows[start:stop]
 
-    grown = TensorInfo((layers, experts + 1, hidden), info.dtype)
-    return PlannedTensor(ROUTER, grown, "router:one row more", ("mixture",), make)
+    grown = TensorInfo((layers, len(kept) + joining, hidden), info.dtype)
+    rule = f"router:{joining} new" if joining else "copy"
+    return PlannedTensor(ROUTER, grown, rule, (MIXTURE,), make)
 
 
 def plan_drop(moe: Source, dropped: int) -> list[PlannedTensor]:
@@ -101,28 +122,7 @@ def plan_drop(moe: Source, dropped: int) -> list[PlannedTensor]:
     if experts == 1:
         raise UserError("--drop-expert: it is the only expert")
     kept = [expert for expert in range(experts) if expert != dropped]
-    planned = []
-    for key, info in moe.tensors.items():
-        if key != ROUTER and not has_expert_axis(key):
-            planned.append(_kept(moe, key, info))
-            continue
-        shape = (info.shape[0], experts - 1, *info.shape[2:])
-        planned.append(_without(moe, key, TensorInfo(shape, info.dtype), kept))
-    return planned
-
-
-def _kept(moe: Source, key: str, info: TensorInfo) -> PlannedTensor:
-    return PlannedTensor(key, info, "copy", ("mixture",), lambda index: rows_of(moe, key, index))
-
-
-def _without(moe: Source, key: str, info: TensorInfo, kept: list[int]) -> PlannedTensor:
-    def make(index: Index) -> Rows:
-        if key == ROUTER:
-            whole = rows_of(moe, key, index)(0, len(kept) + 1)[kept]
-            return lambda start, stop: whole[start:stop]
-        return rows_of(moe, key, (index[0], kept[index[1]]))
-
-    return PlannedTensor(key, info, "copy", ("mixture",), make)
+    return plan_grow(moe, kept, {}, None, router_std=0.0, random_seed=0)
 
 
 def count_experts(moe: Source) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from btx_megatron.errors import UserError
 from btx_megatron.manifest import make_manifest, manifest_text
 from btx_megatron.mixing.experts import expert_width
 from btx_megatron.mixing.grow import (
+    MIXTURE,
     check_fingerprints,
     count_experts,
     manifest_to_mix_again,
@@ -227,12 +228,36 @@ def grow_job(
             )
         job = mix_job({**sources, name: new}, again, Path(base) if base else None)
         return replace(job, checked=tuple(sources))
-    opened = open_sources({"mixture": moe, name: new}, None)
-    mixture = opened.sources["mixture"]
-    plan = plan_grow(mixture, name, opened.sources[name], share, options.router_std, options.random_seed)
+    return _growing(moe, None, {name: new}, share, options)
+
+
+def grow_trained(
+    moe: Path,
+    kept: Sequence[int],
+    new: Mapping[str, Path],
+    output: Output,
+    *,
+    share: float | None,
+    options: MixOptions,
+) -> dict[str, Any]:
+    """A trained mixture's experts ``kept``, by number, then the ``new`` ones (see mixing.grow).
+
+    Raises UserError as mix does.
+    """
+    return _write(_growing(moe, kept, new, share, options), output)
+
+
+def _growing(
+    moe: Path, kept: Sequence[int] | None, new: Mapping[str, Path], share: float | None, options: MixOptions
+) -> Job:
+    opened = open_sources({MIXTURE: moe, **new}, None)
+    sources = dict(opened.sources)
+    mixture = sources.pop(MIXTURE)
+    kept = range(count_experts(mixture)) if kept is None else kept
+    plan = plan_grow(mixture, kept, sources, share, options.router_std, options.random_seed)
     config = opened.config
     if config is not None:
-        config = replace(config, num_experts=count_experts(mixture) + 1)
+        config = replace(config, num_experts=len(kept) + len(new))
     return Job("grow", opened, plan, config, options)
 
 
@@ -243,8 +268,8 @@ def drop(moe: Path, dropped: int, output: Output) -> dict[str, Any]:
 
 def drop_job(moe: Path, dropped: int) -> Job:
     """What ``drop`` writes."""
-    opened = open_sources({"mixture": moe}, None)
-    mixture = opened.sources["mixture"]
+    opened = open_sources({MIXTURE: moe}, None)
+    mixture = opened.sources[MIXTURE]
     plan, config = plan_drop(mixture, dropped), opened.config
     if config is not None:
         left = count_experts(mixture) - 1

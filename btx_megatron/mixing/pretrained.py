@@ -1,4 +1,5 @@
-"""A stage that is imported and not trained: a checkpoint of any format in the place of the seed or an expert.
+"""A stage that is imported and not trained: a checkpoint of any format in the place of the seed or an expert,
+or a mixture that is grown.
 
 The weights are taken as they are, in the type that the run trains in. Its model must be the recipe's: one
 that differs in RoPE or an epsilon loads without a word and is another model.
@@ -21,8 +22,9 @@ from btx_megatron.checkpoints.tokenizer_files import JSON, MODEL, find_tokenizer
 from btx_megatron.checkpoints.vocabulary import EMBEDDING, VOCABULARY, divisor, pad_rows, rows_in
 from btx_megatron.errors import UserError
 from btx_megatron.estimate import padded_vocab_size, vocab_size
-from btx_megatron.recipe import Recipe
-from btx_megatron.recipe_checks import stage_key
+from btx_megatron.mixing.grow import count_experts
+from btx_megatron.recipe import GROWN_FROM, Recipe
+from btx_megatron.recipe_checks import import_key
 from btx_megatron.recipe_file import recipe_to_dict
 from btx_megatron.tokenizer_json import json_vocabulary, tokenizer_json, tokens_in
 
@@ -67,19 +69,34 @@ def import_checkpoint(
 
 
 def _open(recipe: Recipe, stage: str) -> tuple[Watched, ModelConfig]:
-    key, path = f"{stage_key(stage)}.pretrained_checkpoint", recipe.stage(stage).pretrained_checkpoint
+    key, path = import_key(stage), recipe.stage(stage).pretrained_checkpoint
     assert path is not None
     try:
         source = Watched(open_checkpoint(Path(path)))
         config = config_of(source.source)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
-    if config.num_experts is not None:
+    if stage == GROWN_FROM:
+        _check_mixture(source, recipe)
+    elif config.num_experts is not None:
         raise UserError(f"{key} {path}: a mixture of experts; the seed and experts are dense models")
     changes = model_changes(config, recipe)
     if changes:
         raise UserError(f"{key} {path}: is another model than the recipe's; set {' '.join(changes)}")
     return source, config
+
+
+def _check_mixture(source: Watched, recipe: Recipe) -> None:
+    try:
+        experts = count_experts(source)
+    except UserError as error:
+        raise UserError(f"{import_key(GROWN_FROM)}: {error}") from None
+    names = recipe.mix.grow_experts
+    if experts != len(names):
+        raise UserError(
+            f"{import_key(GROWN_FROM)} {source.folder}: has {experts} experts, and mix.grow_experts names "
+            f"{len(names)} ({', '.join(names)}); name them all, in the order of its router's rows"
+        )
 
 
 def model_changes(config: ModelConfig, recipe: Recipe) -> list[str]:
@@ -115,7 +132,7 @@ def _check_tokenizer(source: Watched, recipe: Recipe, stage: str) -> None:
         same = found == wanted.read_bytes()
     if not same:
         raise UserError(
-            f"{stage_key(stage)}.pretrained_checkpoint {source.folder}: was trained with another "
+            f"{import_key(stage)} {source.folder}: was trained with another "
             f"tokenizer than tokenizer.tokenizer_model {wanted}; name the checkpoint's own"
         )
 

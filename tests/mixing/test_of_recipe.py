@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -148,7 +149,8 @@ def test_every_option_of_the_recipe_reaches_the_engine() -> None:
     options = mix_options(recipe_of(mix=mix, moe=moe))
     assert {key: getattr(options, key) for key in mix} == mix
     assert (options.router_topk, options.router_pre_softmax) == (4, True)
-    assert {field for field in vars(Mix()) if field != "include_seed"} <= set(vars(options))
+    others = {"include_seed", "grow_from", "grow_experts", "grow_share", "drop"}  # of what is mixed, and how
+    assert set(vars(Mix())) - others <= set(vars(options))
     average = average_options(recipe_of(mix=mix, moe=moe))
     assert (average.average, average.density, average.weights) == ("dare", 0.3, {"a": 2.0})
     upcycled = upcycling_options(recipe_of(mix=mix, moe=moe))
@@ -184,3 +186,33 @@ def test_names_and_widths_are_those_of_the_engine(kind: experts.Kind) -> None:
         assert recipe.source_names[spans[0].source] == name.split(".")[0]
         if chunks > 1:
             assert int(name.rpartition(".")[2]) * WIDTH // chunks == spans[0].start
+
+
+def test_a_mixture_grows_by_two_and_loses_one(run_folder: Path, tmp_path: Path) -> None:
+    """Experts keep their bytes, rows their experts; each new one has the share that the recipe says."""
+    first = recipe_of(mix={"include_seed": False})
+    before = do(first, "mix", run_folder, tmp_path / "mix")
+    run = tmp_path / "run"
+    shutil.copytree(tmp_path / "mix", run / "grown_from")
+    new = {"c": 7, "d": 8}
+    for name, seed in new.items():
+        write_dense(run / stage_folder(f"expert:{name}") / "checkpoints", random_weights(seed))
+    write_dense(run / "seed" / "checkpoints", random_weights(SEEDS["seed"]))
+    domains = [{"name": name, "sources": [{"path": "x"}]} for name in ("d", "b", "c")]
+    mix = {"grow_from": "x", "grow_experts": ["a", "b"], "drop": ["a"], "random_seed": 3}
+    for share, number in ((None, 0), (0.2, 1)):
+        values = {"data": {"domains": domains}, "mix": mix | {"grow_share": share}}
+        recipe = recipe_of(**values)
+        assert recipe.expert_names == ["b", "d", "c", "seed"]
+        after = do(recipe, "mix", run, tmp_path / f"grown{number}")
+        sources = [random_weights(seed) for seed in (new["d"], new["c"], SEEDS["seed"])]
+        for moe, dense in ((FC1, "linear_fc1"), (FC2, "linear_fc2")):
+            assert torch.equal(after[moe][:, 0], before[moe][:, 1])
+            for expert, source in enumerate(sources, 1):
+                assert torch.equal(after[moe][:, expert], source[f"decoder.layers.mlp.{dense}.weight"])
+        assert after[ROUTER].shape == (LAYERS, 4, 8)
+        assert torch.equal(after[ROUTER][:, 0], before[ROUTER][:, 1])
+        assert after[ROUTER][:, 1:].std() > 0.01
+        share = 1 / 4 if share is None else share
+        wanted = (1 - 3 * share) * before[SHARED].double() + share * sum(s[SHARED].double() for s in sources)
+        torch.testing.assert_close(after[SHARED].double(), wanted, rtol=1e-6, atol=1e-7)
