@@ -32,14 +32,14 @@ def test_without_a_mask_all_may_be_taken() -> None:
     recipe = recipe_of(times=False)
     check_recipe(recipe, "here")
     assert not masks_experts(recipe)
-    assert allowed_experts(recipe, "a") is None
+    assert allowed_experts(recipe, "a", "finetune") is None
 
 
 def test_later_experts_do_not_answer() -> None:
     recipe = recipe_of(moe=MASK)
     check_recipe(recipe, "here")
     assert masks_experts(recipe)
-    assert [allowed_experts(recipe, name) for name in NAMES] == [
+    assert [allowed_experts(recipe, name, "finetune") for name in NAMES] == [
         [True, False, False],
         [True, True, True],
         [True, False, True],
@@ -48,15 +48,32 @@ def test_later_experts_do_not_answer() -> None:
 
 def test_all_parts_of_a_domain_share_its_time() -> None:
     recipe = recipe_of(moe=MASK, mix={"include_seed": False, "experts": "split", "chunks": 2})
-    assert allowed_experts(recipe, "c") == [True, True, False, False, True, True]
+    assert allowed_experts(recipe, "c", "finetune") == [True, True, False, False, True, True]
+
+
+GROWN = {"grow_from": "old", "grow_experts": ["a", "b"]}
+
+
+def test_a_mixture_that_grows() -> None:
+    """The old one has experts of its own, and may be asked of the new domain's text, too."""
+    seed = {"seed": {"pretrained_checkpoint": "seed"}}
+    mix = GROWN | {"include_seed": False, "drop": ["a"]}
+    recipe = recipe_of(moe=MASK, mix=mix, stages=seed, baselines=[])
+    assert recipe.expert_names == ["b", "c"]
+    assert [allowed_experts(recipe, name, "grown_from") for name in NAMES] == [
+        [True, False],
+        [True, True],
+        [True, False],
+    ]
+    assert [allowed_experts(recipe, name, "finetune") for name in ("b", "c")] == [[True, True], [False, True]]
 
 
 def test_opted_out() -> None:
     recipe = recipe_of(times=False, evaluate={"opt_out": ["b", "seed"]}, mix={"include_seed": True})
     check_recipe(recipe, "here")
-    assert allowed_experts(recipe, "a") is None
-    assert allowed_experts(recipe, "a", "b") == [True, False, True, True]
-    assert allowed_experts(recipe, "a", "seed") == [True, True, True, False]
+    assert allowed_experts(recipe, "a", "finetune") is None
+    assert allowed_experts(recipe, "a", "finetune", "b") == [True, False, True, True]
+    assert allowed_experts(recipe, "a", "finetune", "seed") == [True, True, True, False]
     rows = rows_of(recipe)
     assert rows["without:b"] == rows["without:seed"] == rows["btx"] == "finetune"
     assert all_rows(recipe)[-1] == "btx"
@@ -66,7 +83,7 @@ def test_opted_out() -> None:
 def test_both_at_once() -> None:
     recipe = recipe_of(moe=MASK, evaluate={"opt_out": ["c"]})
     check_recipe(recipe, "here")
-    assert allowed_experts(recipe, "b", "c") == [True, True, False]
+    assert allowed_experts(recipe, "b", "finetune", "c") == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +93,14 @@ def test_both_at_once() -> None:
         ({"moe": MASK, "mix": {"include_seed": True}}, "mix.include_seed: the seed has no time window"),
         ({"moe": MASK, "mix": {"include_seed": False, "experts": "blend"}}, "with mix.experts blend"),
         ({"moe": MASK, "baselines": ["sparse_upcycling_dm"]}, "experts of sparse upcycling are of no time"),
+        (
+            {
+                "moe": MASK,
+                "baselines": [],
+                "mix": GROWN | {"grow_experts": ["x", "a"], "include_seed": False},
+            },
+            "the expert 'x' is of no domain in data.domains",
+        ),
         ({"moe": MASK, "method": "btm"}, "method btm ends with no mixture"),
         (
             {"moe": MASK | {"moe_router_load_balancing_type": "aux_loss"}},

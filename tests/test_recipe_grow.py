@@ -137,8 +137,8 @@ def test_a_grown_run_grows_again(run: Path) -> None:
         ("abc", {"mix": {"grow_experts": ["b", "a", "seed"]}}, "are a, b, seed; leave it out"),
         ("abc", {"baselines": ["dense"]}, "with mix.grow_from this one is a part of it; set baselines: []"),
         ("abc", {"method": "btm"}, "mix.grow_from is for method btx, not btm"),
-        ("abc", {"model": MODEL | {"hidden_size": 64}}, "hidden_size is 32 in the run of mix.grow_from and 64"),
-        ("abc", {"training": TRAINING | {"bf16": True}}, "training.bf16 is False in the run of mix.grow_from"),
+        ("abc", {"model": MODEL | {"hidden_size": 64}}, "hidden_size is 32 in the run of mix.grow_from"),
+        ("abc", {"training": TRAINING | {"bf16": True}}, "training.bf16 is False in the run"),
         ("abc", {"stages": {"seed": {"pretrained_checkpoint": "x"}}}, "has a seed of its own, new experts"),
         (
             "abc",

@@ -4,7 +4,7 @@
 
 Each expert reads the held-out windows alone; what is kept is the log-probability of every label. How these
 are weighed is told in the room ``ensembles``. Texts and priors come from training text, never from what is
-held out.
+held out. One row is no ensemble but a model: the experts' parameters, averaged by the cached prior.
 
 Shapes: E experts in the order of ``Recipe.source_names``, W windows, S positions.
 """
@@ -26,11 +26,13 @@ from btx_megatron.ensembles.mixture import mean_loss, mix
 from btx_megatron.ensembles.posterior import cached_prior, posterior_weights
 from btx_megatron.ensembles.similarity import fit_expert_texts, similarity_weights
 from btx_megatron.ensembles.time_windows import time_weights
-from btx_megatron.evaluation.loss import Model, Windows
-from btx_megatron.evaluation.rows import TIMOE_ROWS, ensemble_rows
+from btx_megatron.evaluation.loss import Model, Windows, held_out_loss
+from btx_megatron.evaluation.parameter_average import load_average
+from btx_megatron.evaluation.rows import PARAMETERS_ROW, TIMOE_ROWS, ensemble_rows
 from btx_megatron.evaluation.token_losses import token_losses
-from btx_megatron.job import Job
+from btx_megatron.job import CHECKPOINTS, Job
 from btx_megatron.recipe import SEED, Stage
+from btx_megatron.run_folder import stage_folder
 
 Floats = NDArray[np.float64]
 
@@ -51,16 +53,28 @@ class Ensembles:
             self._windows["prior"] = {name: self._training_windows(name) for name in windows}
         self._heard: dict[tuple[str, str, str], Floats] = {}
 
-    def hear(self, row: str, model: Model) -> None:
-        """Let the model of a row read everything, if it is one of the experts. A collective."""
-        if row in self._sources.values():
-            for side, domains in self._windows.items():
-                for domain, its in domains.items():
-                    losses = token_losses(model, its, self._stage, self._sequence)
-                    self._heard[side, domain, row] = -losses.astype(np.float64)
+    def hear(self, row: str, model: Model) -> dict[str, float] | None:
+        """Let the model of a row read everything, and tell its held-out loss by domain. A collective.
 
-    def losses(self) -> dict[str, dict[str, float]]:
-        """Row -> domain -> held-out loss in nats a token."""
+        None, and nothing is read, where it is none of the experts.
+        """
+        if row not in self._sources.values():
+            return None
+        for side, domains in self._windows.items():
+            for domain, its in domains.items():
+                losses = token_losses(model, its, self._stage, self._sequence)
+                self._heard[side, domain, row] = -losses.astype(np.float64)
+        held_out = self._windows["held out"]
+        return {
+            domain: mean_loss(self._heard["held out", domain, row], np.stack([mask for *_, mask in its]))
+            for domain, its in held_out.items()
+        }
+
+    def losses(self, model: Model) -> dict[str, dict[str, float]]:
+        """Row -> domain -> held-out loss in nats a token. A collective.
+
+        ``model``: a dense one in which parameters are averaged; what it holds is lost.
+        """
         recipe = self._job.recipe
         rows: dict[str, dict[str, float]] = {row: {} for row in ensemble_rows(recipe)}
         similar = _Similarity(self._job) if "btm:top-1" in rows else None
@@ -74,11 +88,24 @@ class Ensembles:
                 weights |= self._by_time(domain, log_p_EWS, mask_WS)
             for row, log_w_EWS in weights.items():
                 rows[row][domain] = mean_loss(mix(log_p_EWS, log_w_EWS, mask_WS), mask_WS)
+            if PARAMETERS_ROW in rows:
+                rows[PARAMETERS_ROW][domain] = self._averaged(domain, model)
         return rows
 
+    def _averaged(self, domain: str, model: Model) -> float:
+        """Held-out loss of the model whose parameters are the experts', weighed by the domain's prior."""
+        prior = self._prior(domain).tolist()
+        folders = [self._job.run_folder / stage_folder(row) / CHECKPOINTS for row in self._sources.values()]
+        load_average(model, dict(zip(folders, prior, strict=True)))
+        return held_out_loss(model, self._windows["held out"][domain], self._stage, self._sequence)
+
+    def _prior(self, domain: str) -> Floats:
+        """[E] posterior of the experts on training text of a domain."""
+        log_p_EWS, _, mask_WS = self._of("prior", domain)
+        return cached_prior(log_p_EWS, mask_WS)
+
     def _posteriors(self, domain: str, log_p_EWS: Floats, mask_WS: Floats) -> dict[str, Floats]:
-        training_log_p_EWS, _, training_mask_WS = self._of("prior", domain)
-        prior = cached_prior(training_log_p_EWS, training_mask_WS)
+        prior = self._prior(domain)
         return {
             "btm:uniform": posterior_weights(log_p_EWS, mask_WS),
             "btm:cached": posterior_weights(log_p_EWS, mask_WS, prior=prior),

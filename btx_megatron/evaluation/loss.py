@@ -19,6 +19,7 @@ from btx_megatron.data.held_out import held_out_windows
 from btx_megatron.evaluation.rows import ensemble_rows, main_row, opted_out, rows_of
 from btx_megatron.expert_masks import allowed_experts
 from btx_megatron.job import CHECKPOINTS, Job
+from btx_megatron.methods import main_stage
 from btx_megatron.recipe import Stage
 from btx_megatron.run_folder import stage_folder
 from btx_megatron.runtime import ranks
@@ -69,16 +70,17 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
         load_weights(job.run_folder / stage_folder(made_by) / CHECKPOINTS, model)
         take_load(model, recipe.model.num_layers)  # of what ran before
         losses[row], loads = {}, []
-        for name in recipe.domain_names:
-            allowed = allowed_experts(recipe, name, opted_out(row)) if experts else None
+        heard = ensembles.hear(row, model) if ensembles else None
+        if heard is not None:
+            losses[row] = heard
+        for name in recipe.domain_names if heard is None else ():
+            allowed = allowed_experts(recipe, name, made_by, opted_out(row)) if experts else None
             losses[row][name] = held_out_loss(model, windows[name], stage, recipe.model.seq_length, allowed)
             loads.append(take_load(model, recipe.model.num_layers))
-        if ensembles:
-            ensembles.hear(row, model)
         if row == main_row(recipe) and experts:
             routing = _routing(job, stage, model, windows, torch.stack(loads))
     if ensembles:
-        losses |= ensembles.losses()
+        losses |= ensembles.losses(models[None])
     return {
         "held_out_loss": losses,
         "held_out_tokens": {name: int(sum(w[2].sum() for w in windows[name])) for name in windows},
@@ -187,7 +189,7 @@ def _routing(
     recipe = job.recipe
     tokens = sum(float(window[2].sum()) for part in windows.values() for window in part)
     fitted = []
-    allowed = [allowed_experts(recipe, domain) for domain in windows]
+    allowed = [allowed_experts(recipe, domain, str(main_stage(recipe))) for domain in windows]
     for may_take, part in zip(allowed, windows.values(), strict=True):
         held_out_loss(model, part[::2], stage, recipe.model.seq_length, may_take)
         fitted.append(take_load(model, recipe.model.num_layers))

@@ -7,8 +7,9 @@ from btx_megatron.recipe import GROWN_FROM, SEED, Recipe
 
 MOE_ROWS = (GROWN_FROM, "merged", "btx", "sparse_upcycling_dm", "sparse_upcycling_cm")
 """Rows whose model is a mixture of experts."""
-BTM_ROWS = ("btm:top-1", "btm:top-2", "btm:uniform", "btm:cached", "btm:updating")
-"""Experts chosen by similarity, and weighed by a posterior with that prior."""
+PARAMETERS_ROW = "btm:parameters"
+BTM_ROWS = ("btm:top-1", "btm:top-2", "btm:uniform", "btm:cached", "btm:updating", PARAMETERS_ROW)
+"""Experts chosen by similarity, weighed by a posterior with that prior, and averaged by the cached one."""
 TIMOE_ROWS = ("timoe:uniform", "timoe:posterior")
 """Experts of earlier text, all alike, and weighed by a posterior."""
 
@@ -23,7 +24,7 @@ def opted_out(row: str) -> str | None:
 
 
 def ensemble_rows(recipe: Recipe) -> list[str]:
-    """Rows that have no model of their own: the experts' probabilities are mixed."""
+    """Rows that have no stage of their own: the experts' probabilities are mixed, or their parameters."""
     btm = BTM_ROWS if "btm" in (recipe.method, *recipe.baselines) and recipe.expert_stages else ()
     return [*btm, *(TIMOE_ROWS if recipe.method == "timoe" else ())]
 

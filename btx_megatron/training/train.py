@@ -14,7 +14,7 @@ import torch
 from btx_megatron.errors import StageFailed, Stopped
 from btx_megatron.expert_masks import allowed_experts
 from btx_megatron.job import Job
-from btx_megatron.recipe import Recipe, Stage
+from btx_megatron.recipe import Stage
 from btx_megatron.recipe_file import recipe_to_dict
 from btx_megatron.runtime import ranks
 from btx_megatron.runtime.heartbeat import Heartbeat
@@ -160,15 +160,14 @@ def _batches(job: Job, samples: Any, stage: Stage, consumed_samples: int) -> Ite
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
     if job.recipe.num_experts(job.stage) and job.recipe.moe.moe_router_time_mask:
-        return _masked_by_time(batches, job.recipe, samples)
+        return _masked_by_time(batches, job, samples)
     return batches
 
 
-def _masked_by_time(
-    batches: Iterator[dict[str, Any]], recipe: Recipe, samples: Any
-) -> Iterator[dict[str, Any]]:
+def _masked_by_time(batches: Iterator[dict[str, Any]], job: Job, samples: Any) -> Iterator[dict[str, Any]]:
     """Micro-batches that say which experts each sample may take, by the domain that it is drawn from."""
-    allowed_DE = torch.tensor([allowed_experts(recipe, domain) for domain in recipe.domain_names])
+    recipe = job.recipe
+    allowed_DE = torch.tensor([allowed_experts(recipe, domain, job.stage) for domain in recipe.domain_names])
     for batch in batches:
         domain_B = samples.domain_numbers(batch["sample_index"].numpy())
         yield batch | {"allowed_experts": allowed_DE[torch.from_numpy(domain_B)]}

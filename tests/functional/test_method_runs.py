@@ -62,6 +62,8 @@ def test_sampled_experts_beside_btm_and_sparse_upcycling(tmp_path: Path) -> None
         apart = [losses[row][domain] for row in experts]
         for row in ("btm:top-1", "btm:top-2", "btm:uniform", "btm:cached", "btm:updating"):
             assert min(apart) - 0.5 < losses[row][domain] < max(apart) + 1e-6
+        # between models that are branches of one the average is no worse than the worst of them
+        assert min(apart) - 0.5 < losses["btm:parameters"][domain] < max(apart) + 0.1
         # of a posterior the regret is at most the log of the number of experts, over a window's tokens
         assert losses["btm:uniform"][domain] <= min(apart) + math.log(3) / 20
     tokens = summary["tokens"]
