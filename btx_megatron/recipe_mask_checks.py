@@ -37,18 +37,25 @@ def _time_problems(recipe: Recipe) -> Iterator[str]:
     windows = recipe.time_windows  # refuses what is missing, or no time
     for name in dict.fromkeys([*recipe.source_names, *recipe.mix.grow_experts]):
         if name not in windows:
-            yield f"{_TIME_MASK}: the expert '{name}' is of no domain in data.domains, so its time is not known"
+            yield f"{_TIME_MASK}: the expert '{name}' is of no domain in data.domains, and so of no time"
             return
     topk = recipe.moe.topk(len(recipe.expert_names))
     balancing = recipe.moe.moe_router_load_balancing_type
     counts = balancing not in ("btx", "none") and recipe.moe.moe_router_type != "sample_top1"
     for domain in windows if recipe.expert_groups else ():
-        allowed = sum(allowed_experts(recipe, domain, "finetune") or [])
-        if counts and allowed < topk:
+        allowed = _experts_left(recipe, domain)
+        if not allowed:
+            yield f"{_TIME_MASK}: text of '{domain}' may take no expert; keep its expert, or leave it out"
+        elif counts and allowed < topk:
             yield (
                 f"moe.moe_router_load_balancing_type {balancing}: it counts on {topk} experts a token, and "
                 f"text of '{domain}' may take {allowed}; choose btx or none"
             )
+
+
+def _experts_left(recipe: Recipe, domain: str, without: str | None = None) -> int:
+    """Experts of the method's mixture that a domain's text may take."""
+    return sum(allowed_experts(recipe, domain, str(main_stage(recipe)), without) or [])
 
 
 def _opt_out_problems(recipe: Recipe) -> Iterator[str]:
@@ -58,7 +65,5 @@ def _opt_out_problems(recipe: Recipe) -> Iterator[str]:
             yield f"evaluate.opt_out: '{name}' has no experts in the mixture; it has {', '.join(sources)}"
         elif recipe.evaluate.opt_out.count(name) > 1:
             yield f"evaluate.opt_out: '{name}' is given twice; once is enough"
-        elif alone := [
-            d for d in recipe.domain_names if not any(allowed_experts(recipe, d, "finetune", name) or [])
-        ]:
+        elif alone := [domain for domain in recipe.domain_names if not _experts_left(recipe, domain, name)]:
             yield f"evaluate.opt_out: without '{name}' text of '{alone[0]}' has no expert left; leave it out"

@@ -51,21 +51,23 @@ def test_all_parts_of_a_domain_share_its_time() -> None:
     assert allowed_experts(recipe, "c", "finetune") == [True, True, False, False, True, True]
 
 
-GROWN = {"grow_from": "old", "grow_experts": ["a", "b"]}
+GROWN = {"grow_from": "old", "grow_experts": ["a", "b"], "include_seed": False}
+IMPORTED = {"seed": {"pretrained_checkpoint": "seed"}}
 
 
 def test_a_mixture_that_grows() -> None:
     """The old one has experts of its own, and may be asked of the new domain's text, too."""
-    seed = {"seed": {"pretrained_checkpoint": "seed"}}
-    mix = GROWN | {"include_seed": False, "drop": ["a"]}
-    recipe = recipe_of(moe=MASK, mix=mix, stages=seed, baselines=[])
-    assert recipe.expert_names == ["b", "c"]
+    recipe = recipe_of(
+        moe=MASK, mix=GROWN, stages=IMPORTED, baselines=[], tokenizer={"tokenizer_model": "model"}
+    )
+    check_recipe(recipe, "here")
+    assert recipe.expert_names == ["a", "b", "c"]
     assert [allowed_experts(recipe, name, "grown_from") for name in NAMES] == [
         [True, False],
         [True, True],
         [True, False],
     ]
-    assert [allowed_experts(recipe, name, "finetune") for name in ("b", "c")] == [[True, True], [False, True]]
+    assert allowed_experts(recipe, "c", "finetune") == [True, False, True]
 
 
 def test_opted_out() -> None:
@@ -94,12 +96,12 @@ def test_both_at_once() -> None:
         ({"moe": MASK, "mix": {"include_seed": False, "experts": "blend"}}, "with mix.experts blend"),
         ({"moe": MASK, "baselines": ["sparse_upcycling_dm"]}, "experts of sparse upcycling are of no time"),
         (
-            {
-                "moe": MASK,
-                "baselines": [],
-                "mix": GROWN | {"grow_experts": ["x", "a"], "include_seed": False},
-            },
+            {"moe": MASK, "baselines": [], "mix": GROWN | {"grow_experts": ["x", "a"]}, "stages": IMPORTED},
             "the expert 'x' is of no domain in data.domains",
+        ),
+        (
+            {"moe": MASK, "baselines": [], "mix": GROWN | {"drop": ["a"]}, "stages": IMPORTED},
+            "text of 'a' may take no expert",
         ),
         ({"moe": MASK, "method": "btm"}, "method btm ends with no mixture"),
         (
