@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 from btx_megatron.estimate import parameter_counts
 from btx_megatron.launch.tables import plan_text
+from btx_megatron.manifest import make_manifest, manifest_text
 from btx_megatron.pipeline import stages_of
-from btx_megatron.recipe_file import load_recipe
+from btx_megatron.recipe_file import load_recipe, recipe_to_dict
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = [path for path in sorted(EXAMPLES.rglob("*.yaml")) if path.stem != "grow"]  # it reads a run
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_loads(path: Path) -> None:
     recipe = load_recipe(path)
     assert stages_of(recipe)
@@ -35,6 +41,24 @@ def test_a_method_of_one_stage(name: str, stage: str, experts: int | None) -> No
     text = plan_text(recipe)
     assert stage in text
     assert "expert:" not in text
+
+
+def test_growing_goes_on_from_quickstart(tmp_path: Path) -> None:
+    """One expert more, behind the others; and what both recipes say of model and domains is the same."""
+    quickstart = load_recipe(EXAMPLES / "quickstart.yaml")
+    run = tmp_path / "runs" / "quickstart"
+    for stage in ("seed", "finetune"):
+        (run / stage / "checkpoints").mkdir(parents=True)
+        manifest = make_manifest(stage, {}, {}, {}, 1, 1.0)
+        (run / stage / "manifest.json").write_text(manifest_text(manifest))
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(quickstart)))
+    (tmp_path / "examples").mkdir()
+    recipe = load_recipe(shutil.copy(EXAMPLES / "grow.yaml", tmp_path / "examples"))
+    assert recipe.expert_names == [*quickstart.expert_names, "arrays"]
+    assert recipe.expert_stages == ["expert:arrays"]
+    assert recipe.model == quickstart.model
+    assert recipe.data.domains[:3] == quickstart.data.domains
+    assert not Path(recipe.run_folder).is_absolute()
 
 
 def test_smollm2_is_described() -> None:

@@ -18,7 +18,7 @@ import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 from btx_megatron.checkpoints.formats import open_checkpoint
-from btx_megatron.checkpoints.pieces import read_part
+from btx_megatron.checkpoints.pieces import indices_of, read_part
 from btx_megatron.data.held_out import held_out_windows
 from btx_megatron.errors import UserError
 from btx_megatron.mixing.pretrained import check_pretrained, import_checkpoint
@@ -263,6 +263,40 @@ def test_a_mixture_is_no_seed(folder: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="a mixture of experts; the seed and experts are dense models"):
         check_pretrained(load(folder, f"stages.experts.sums.pretrained_checkpoint={tmp_path / 'moe'}"))
+
+
+def test_a_mixture_of_another_format_is_grown(folder: Path, tmp_path: Path) -> None:
+    """Its weights bit for bit, the vocabulary padded as the new experts' is, and every expert has a name."""
+    experts = [f"--expert={name}={folder / source}" for name, source in (("a", "llama"), ("b", "branch"))]
+    btx("mix", *experts, "--output", tmp_path / "moe")
+    growing = [f"mix.grow_from={tmp_path / 'moe'}", "baselines=[]"]
+    recipe = load(folder, *growing, "mix.grow_experts=[a,b]")
+    assert recipe.expert_names == ["a", "b", "foxes", "sums", "seed"]
+    assert recipe.imported_stages == ["seed", "grown_from", "expert:foxes"]
+    check_pretrained(recipe)
+    sizes = vocabulary(folder)
+    import_checkpoint(recipe, "grown_from", sizes, tmp_path / "imported")
+    before, after = open_checkpoint(tmp_path / "moe"), open_checkpoint(tmp_path / "imported")
+    assert after.tensors[EMBEDDING].shape[0] == sizes["padded_vocab_size"]
+    assert set(after.tensors) == set(before.tensors)
+    for name in set(before.tensors) - {EMBEDDING}:
+        for index in indices_of(name, before.tensors[name]):
+            assert torch.equal(read_part(after, name, index), read_part(before, name, index))
+    for names in ("[a]", "[a,b,c]"):
+        with pytest.raises(
+            UserError, match=r"mix\.grow_from .*moe: has 2 experts, and mix\.grow_experts names"
+        ):
+            check_pretrained(load(folder, *growing, f"mix.grow_experts={names}"))
+    with pytest.raises(UserError, match=r"mix\.grow_from: .*llama: a dense model, not a mixture"):
+        check_pretrained(
+            load(
+                folder,
+                f"mix.grow_from={folder / 'llama'}",
+                *growing[1:],
+                "mix.grow_experts=[a]",
+                "moe.moe_router_type=switch",
+            )
+        )
 
 
 def btx(*arguments: object) -> str:
