@@ -203,7 +203,7 @@ def _import_problems(recipe: Recipe) -> Iterator[str]:
             )
     if recipe.imported_stages and recipe.tokenizer.tokenizer_model is None:
         yield (
-            f"tokenizer.tokenizer_model is missing; {import_key(recipe.imported_stages[0])} is a checkpoint, "
+            f"tokenizer.tokenizer_model is missing; {stage_key(recipe.imported_stages[0])} is a checkpoint, "
             "name the tokenizer that it was trained with"
         )
 

@@ -255,9 +255,7 @@ def _growing(
     mixture = sources.pop(MIXTURE)
     kept = range(count_experts(mixture)) if kept is None else kept
     plan = plan_grow(mixture, kept, sources, share, options.router_std, options.random_seed)
-    config = opened.config
-    if config is not None:
-        config = replace(config, num_experts=len(kept) + len(new))
+    config = opened.config and replace(opened.config, num_experts=len(kept) + len(new))
     return Job("grow", opened, plan, config, options)
 
 
