@@ -88,7 +88,7 @@ def test_a_run_grows_and_shrinks(tmp_path: Path) -> None:
     for domain in ("json", "mail"):
         assert summary["held_out_loss"]["grown_from"][domain] == pytest.approx(first[domain], abs=1e-5)
 
-    # its own resolved recipe is the same run, and what it grew from is no longer needed
+    # its own resolved recipe is the same run
     again = subprocess.run(
         [sys.executable, "-m", "btx_megatron", "run", str(grown / "recipe.yaml")],
         capture_output=True,
