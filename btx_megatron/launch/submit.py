@@ -206,6 +206,9 @@ def environment_text(recipe: Recipe, code: Path) -> str:
     if slurm.modules:
         lines.insert(1, f"module load {' '.join(map(shlex.quote, slurm.modules))}")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
+    lines.append(
+        "export PYTHONSAFEPATH=1  # else a checkout in the working directory comes before the frozen code"
+    )
     lines.append(f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}")
     return "\n".join(lines) + "\n"
 

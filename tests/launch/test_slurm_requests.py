@@ -112,7 +112,10 @@ def test_a_dry_run_leaves_scripts_that_can_be_read(tmp_path: Path, monkeypatch: 
     assert f"expert_a=$(sbatch --parsable {dependency}" in told
     for script in (*scripts.glob("*.sh"), *scripts.glob("*.sbatch")):
         subprocess.run(["/bin/bash", "-n", str(script)], check=True)
-    assert (tmp_path / "run" / "slurm" / "code" / "btx_megatron" / "cli.py").exists()
+    frozen = tmp_path / "run" / "slurm" / "code" / "btx_megatron"
+    ask = f"source {scripts}/environment.sh; $BTX_PYTHON -c 'import btx_megatron as b; print(b.__file__)'"
+    found = subprocess.run(["/bin/bash", "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(frozen / "__init__.py")  # and not the checkout's
     assert not (tmp_path / "run" / "slurm" / "jobs.json").exists()
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="sbatch: not found; run this where Slurm is"):
