@@ -14,7 +14,7 @@ from btx_megatron.runtime.progress import PROGRESS_FILE
 from btx_megatron.runtime.stop import STOP_FILE
 from btx_megatron.runtime.stopwatch import DURATION_FILE
 
-Task = Literal["prepare", "import", "train", "mix", "average", "evaluate", "report"]
+Task = Literal["prepare", "import", "cluster", "train", "mix", "average", "evaluate", "report"]
 
 JOB_FILE = "job.json"
 LOG_FILE = "log.txt"
@@ -56,8 +56,9 @@ class Job:
 
     @property
     def data_folder(self) -> Path:
-        """What ``prepare`` published: tokenizer and token files."""
-        return self.run_folder / "data"
+        """Tokenizer and token files: what ``prepare`` published, or for c-BTM's experts ``cluster``."""
+        clusters = self.recipe.domains_of(self.stage) is not self.recipe.data.domains
+        return self.run_folder / ("cluster" if clusters else "data")
 
     @property
     def checkpoints(self) -> Path:

@@ -2,7 +2,8 @@
 
 What btx takes beyond the seed is all its experts and the MoE stage, whichever method the recipe runs: the
 recipe describes btx, and with ``method: dense`` the seed is trained on for as many tokens as in a run where
-``dense`` is a baseline beside btx. The seed itself is left out, because every model starts from it.
+``dense`` is a baseline beside btx. c-BTM has domains of its own: there it is its experts alone. The seed
+itself is left out, because every model starts from it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ COMPUTE_MATCHED = ("sparse_upcycling_cm",)
 
 def reference_stages(recipe: Recipe) -> list[str]:
     """The stages of btx that baselines are matched to."""
+    if recipe.cluster_names:
+        return recipe.expert_stages
     return [*(f"expert:{name}" for name in recipe.domain_names), "finetune"]
 
 

@@ -6,6 +6,7 @@ btx               experts, mix, average, finetune                  finetune
 sparse_upcycling  upcycle, sparse_upcycling_dm or ..._cm           that
 dense             dense                                            dense
 btm, timoe        experts, average                                 the experts
+cbtm              cluster (before the seed), experts, average      the experts
 
 and then the baselines. A baseline is the same stage, under the same name, beside btx and as a method of its
 own, so that the two can be compared and neither needs rules of its own.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from btx_megatron.recipe import GROWN_FROM, MATCHED_STAGES, Recipe
 
-_NOT_TRAINED = ("prepare", "mix", "average", "upcycle")
+_NOT_TRAINED = ("prepare", "cluster", "mix", "average", "upcycle")
 
 
 def main_stage(recipe: Recipe) -> str | None:
@@ -38,7 +39,17 @@ def stage_names(recipe: Recipe) -> list[str]:
     after_experts = {"finetune": ["mix", *average, "finetune"], None: ["average"]}.get(main, [])
     from_seed = ([main] if main in MATCHED_STAGES else []) + baseline_stages(recipe)
     upcycle = ["upcycle"] if any(recipe.num_experts(stage) for stage in from_seed) else []
-    return ["prepare", "seed", *grown_from, *recipe.expert_stages, *after_experts, *upcycle, *from_seed]
+    cluster = ["cluster"] if recipe.cluster_names else []
+    return [
+        "prepare",
+        *cluster,
+        "seed",
+        *grown_from,
+        *recipe.expert_stages,
+        *after_experts,
+        *upcycle,
+        *from_seed,
+    ]
 
 
 def training_stages(recipe: Recipe) -> list[str]:

@@ -6,7 +6,8 @@
                  +-> upcycle -> sparse_upcycling_dm, _cm (baselines) -+
 
 With another ``method`` a part of this: dense and sparse upcycling are the lines of those baselines alone;
-BTM, c-BTM and TiMoE leave out mix and finetune. methods says which stages there are.
+BTM, c-BTM and TiMoE leave out mix and finetune. c-BTM's experts read what the stage ``cluster`` makes of
+prepare's text. methods says which stages there are.
 
 Stages meet on disk only, so that each may run anywhere, and a stage that is finished is never repeated.
 How stages are run is launch/'s; here is what depends on what, and what is left to do.
@@ -58,8 +59,9 @@ def stages_of_command(recipe: Recipe, command: str, domain: str | None = None) -
 
     ``domain``: of ``btx train``, the one expert that is meant.
     """
-    if domain is not None and domain not in recipe.domain_names:
-        raise UserError(f"--domain {domain}: no such domain; the recipe has {', '.join(recipe.domain_names)}")
+    names = recipe.cluster_names or recipe.domain_names
+    if domain is not None and domain not in names:
+        raise UserError(f"--domain {domain}: no such domain; the recipe has {', '.join(names)}")
     stages = stages_of(recipe)
     chosen = {
         "train": [f"expert:{domain}"] if domain is not None else recipe.expert_stages,
@@ -79,12 +81,15 @@ def stages_of_command(recipe: Recipe, command: str, domain: str | None = None) -
 def _stage(recipe: Recipe, name: str) -> PipelineStage:
     if name in ("mix", "average"):
         return PipelineStage(name, "mix" if name == "mix" else "average", _mixed_from(recipe, name))
+    if name == "cluster":
+        return PipelineStage(name, "cluster", ("prepare",))
     if name == "upcycle":
         return PipelineStage(name, "mix", (SEED,))
     if name in recipe.imported_stages:
         return PipelineStage(name, "import", ("prepare",))
     source = branches_from(name)
-    inputs = ("prepare",) if source is None else ("prepare", source)
+    text = "cluster" if recipe.domains_of(name) is not recipe.data.domains else "prepare"
+    inputs = (text,) if source is None else (text, source)
     return PipelineStage(name, "train", inputs, recipe.stage(name).layout.world_size)
 
 
@@ -157,6 +162,8 @@ def command_of(stage: str) -> str:
         return f"train RECIPE --domain {domain}"
     if kind == GROWN_FROM:
         return "seed RECIPE"
+    if kind == "cluster":
+        return "run RECIPE --only cluster"
     if kind in ("average", "upcycle"):
         return "mix RECIPE"
     if kind.startswith("sparse_upcycling"):

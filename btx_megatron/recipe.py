@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from btx_megatron.errors import UserError
+from btx_megatron.recipe_data import Clusters as Clusters
+from btx_megatron.recipe_data import Data as Data
+from btx_megatron.recipe_data import Domain as Domain
+from btx_megatron.recipe_data import Source as Source
+from btx_megatron.recipe_data import Tokenizer as Tokenizer
 from btx_megatron.recipe_layout import Layout as Layout
 from btx_megatron.recipe_mix import MEASURED_FROM_SEED as MEASURED_FROM_SEED
 from btx_megatron.recipe_mix import ROUTERS_FROM_TEXT as ROUTERS_FROM_TEXT
@@ -28,91 +33,6 @@ MOE_STAGES = (GROWN_FROM, "mix", "finetune", "upcycle", "sparse_upcycling_dm", "
 """Stages whose model is a mixture of experts."""
 MATCHED_STAGES = ("dense", "sparse_upcycling_dm", "sparse_upcycling_cm")
 """Stages that train as long as btx does, if the recipe does not say how long."""
-
-
-@dataclass
-class Source:
-    """One collection of documents: the files below a folder, one document a file, line or row."""
-
-    name: str = "text"
-    """Names the dataset on disk: letters, digits, '-' and '_'."""
-    path: str = ""
-    """A folder or a file; ``package:NAME/sub/folder`` looks inside an installed Python package,
-    ``stdlib:`` is the interpreter's own standard library, ``docstrings:NAME`` are the docstrings of
-    an installed Python package, one document a module. A relative path starts at the recipe."""
-    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    """text: a file is a document. jsonl: a line is (also packed as .gz, .bz2, .xz or .zst). parquet: a
-    row is. auto goes by each file's name: .jsonl, .jsonl.gz, ..., .parquet, and text for all others."""
-    text_key: str = "text"
-    """Key of a JSON line, or column of a Parquet file, that holds the text."""
-    include: list[str] = field(default_factory=lambda: ["**/*"])
-    """Glob patterns, relative to ``path``; a file belongs to the source if one of them matches."""
-    exclude: list[str] = field(default_factory=list)
-    """Glob patterns of files to leave out."""
-    weight: float = 1.0
-    """Sampling weight within the domain; the weights of a domain need not sum to 1."""
-    max_bytes: int | None = None
-    """Take documents until so many bytes of text are reached; null takes all. Files come in a shuffled
-    order that depends on ``data.random_seed`` alone, the lines or rows of one in their own."""
-
-
-@dataclass
-class Domain:
-    """A domain of text; one expert is trained on each."""
-
-    name: str = ""
-    """Names the expert: letters, digits, '-' and '_'."""
-    sources: list[Source] = field(default_factory=list)
-    """Where its text comes from."""
-    start: str | None = None
-    """The earliest time of its text, a number (year) or a date YYYY-MM-DD; for ``method: timoe`` and
-    ``moe.moe_router_time_mask``."""
-    end: str | None = None
-    """The latest time of its text; queries of earlier times do not see its expert."""
-
-
-@dataclass
-class Tokenizer:
-    """The tokenizer that all models share."""
-
-    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"] = "SentencePieceTokenizer"
-    """Megatron's name of the kind. HuggingFaceTokenizer needs the extra ``hf``."""
-    tokenizer_model: str | None = None
-    """The tokenizer to use: a SentencePiece ``.model`` file, or a Hugging Face ``tokenizer.json`` or a
-    folder that has one. null trains a SentencePiece model on the union of the domains. A relative path
-    starts at the recipe."""
-    eod_token: str | None = None
-    """The token that ends every document, of a HuggingFaceTokenizer; null: the eos_token that the
-    ``tokenizer_config.json`` beside it names."""
-    vocab_size: int = 4096
-    """Pieces to train; ignored where ``tokenizer_model`` is given."""
-    model_type: Literal["bpe", "unigram"] = "bpe"
-    """SentencePiece's algorithm, for training. Llama-2 used bpe."""
-    training_bytes: int = 4_000_000
-    """Bytes of text to train it on, the same share from each domain."""
-
-
-@dataclass
-class Data:
-    """Text in, token files (``.bin/.idx``) out."""
-
-    domains: list[Domain] = field(default_factory=list)
-    """The domains, in order: expert i is domain i, and router row i is expert i; the seed is last."""
-    held_out_fraction: float = 0.05
-    """Share of the documents of each source (by bytes) that no model trains on: the held-out text."""
-    held_out_max_tokens: int | None = None
-    """Evaluate on at most so many held-out tokens of each domain; null takes all."""
-    on_bad_document: Literal["stop", "skip"] = "stop"
-    """What to do with a document that is bad (not UTF-8, not JSON, without the text's key, larger than
-    1 GiB): stop and name it, or skip and count it."""
-    random_seed: int = 1234
-    """Seed of the document shuffle and of the train / held-out split."""
-    num_workers: int = 0
-    """Processes that read and tokenize; 0 takes one a CPU core."""
-    loader: Literal["megatron", "dali"] = "megatron"
-    """Who brings the samples to the model: Megatron's datasets, in the training process; or NVIDIA DALI
-    on top of them (extra ``dali``), which has batches ready before they are asked for, on the GPU where
-    there is one. Both give the same samples in the same order, so a run may change it and go on."""
 
 
 @dataclass
@@ -315,11 +235,13 @@ class Recipe:
     """Defaults of every stage's ``layout``."""
     stages: Stages = field(default_factory=Stages)
     """The training stages."""
-    method: Literal["btx", "sparse_upcycling", "dense", "btm", "timoe"] = "btx"
+    clusters: Clusters = field(default_factory=Clusters)
+    """Domains without labels, for ``method: cbtm``."""
+    method: Literal["btx", "sparse_upcycling", "dense", "btm", "cbtm", "timoe"] = "btx"
     """What is made of the seed. btx: experts, mixed and finetuned. sparse_upcycling: a MoE of copies of the
     seed, trained on all domains; it has the shape that ``mix`` gives btx. dense: the seed, trained on. btm,
-    timoe: experts that are not mixed; their probabilities are. The stages of btx say what the baselines are
-    matched to."""
+    cbtm, timoe: experts that are not mixed; their probabilities are. The stages of btx say what the baselines
+    are matched to."""
     upcycling_match: Literal["data", "compute"] = "data"
     """What ``method: sparse_upcycling`` takes as much of as btx would: tokens (``sparse_upcycling_dm``) or
     training FLOPs (``sparse_upcycling_cm``)."""
@@ -340,12 +262,23 @@ class Recipe:
         return [domain.name for domain in self.data.domains]
 
     @property
+    def cluster_names(self) -> list[str]:
+        """Domains that c-BTM finds; [] with the other methods."""
+        return cluster_names(self.method, self.clusters.number)
+
+    def domains_of(self, stage: str) -> list[Domain]:
+        """What text a training stage may draw: the recipe's domains; of c-BTM's experts, the clusters."""
+        if stage.startswith("expert:") and self.cluster_names:
+            return [Domain(name, [Source()]) for name in self.cluster_names]
+        return self.data.domains
+
+    @property
     def joining_names(self) -> list[str]:
         """The models that are mixed: one a domain, then the seed, where it joins.
 
         Into a mixture that is grown: those that it has no expert of.
         """
-        names = self.domain_names + ([SEED] if self.mix.include_seed else [])
+        names = (self.cluster_names or self.domain_names) + ([SEED] if self.mix.include_seed else [])
         return [name for name in names if name not in self.mix.grow_experts]
 
     @property
@@ -411,3 +344,9 @@ class Recipe:
         if kind == GROWN_FROM:
             return Stage(self.training, self.layout, pretrained_checkpoint=self.mix.grow_from)
         return self.stages.experts[domain] if kind == "expert" else getattr(self.stages, kind)
+
+
+def cluster_names(method: str, number: int) -> list[str]:
+    """Domains that a method finds: of so many clusters c-BTM's, [] of the others."""
+    width = len(str(number - 1))
+    return [f"cluster{i:0{width}}" for i in range(number)] if method == "cbtm" else []

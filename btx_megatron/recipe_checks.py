@@ -59,7 +59,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     if has_moe(recipe):
         yield from moe_problems(recipe)
     for name in recipe.stages.experts:
-        if name not in recipe.domain_names:
+        if name not in (*recipe.domain_names, *recipe.cluster_names):
             yield (
                 f"stages.experts.{name}: no such domain; data.domains has {', '.join(recipe.domain_names)}"
             )

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from btx_megatron.recipe import Recipe
+from btx_megatron.recipe import Clusters, Recipe
+from btx_megatron.recipe_numbers import at_least, positive
 from btx_megatron.times import is_after
 
 
 def ensemble_problems(recipe: Recipe) -> Iterator[str]:
     """One line for each thing that cannot hold, naming key and fix."""
-    if "btm" in recipe.baselines and (not recipe.expert_stages or recipe.method == "btm"):
-        yield f"baselines: 'btm' beside method {recipe.method}: it has no experts, or is it; leave it out"
+    if "btm" in recipe.baselines and (not recipe.expert_stages or recipe.method in ("btm", "cbtm")):
+        yield (
+            f"baselines: 'btm' beside method {recipe.method}: it has no experts of domains, or is it; "
+            "leave it out"
+        )
+    if recipe.method == "cbtm":
+        yield from _cluster_problems(recipe)
+    elif recipe.clusters != Clusters():
+        yield f"clusters: they are for method cbtm, not for {recipe.method}; leave them out"
     if recipe.method == "timoe":
         yield from _time_problems(recipe)
     if recipe.method == "timoe" or recipe.moe.moe_router_time_mask:
@@ -22,6 +30,18 @@ def ensemble_problems(recipe: Recipe) -> Iterator[str]:
                 f"data.domains.{domain.name}: start and end are for method timoe and "
                 "moe.moe_router_time_mask; leave them out"
             )
+
+
+def _cluster_problems(recipe: Recipe) -> Iterator[str]:
+    yield from at_least("clusters", recipe.clusters, 2, ("number",))
+    yield from at_least("clusters", recipe.clusters, 1, ("dimensions",))
+    yield from at_least("clusters", recipe.clusters, 0, ("random_seed",))
+    yield from positive("clusters", recipe.clusters, ("temperature",))
+    if recipe.mix.include_seed:
+        yield "mix.include_seed: the seed is of no cluster; set it to false for method cbtm"
+    for name in recipe.domain_names:
+        if name in recipe.cluster_names:
+            yield f"data.domains: '{name}' is the name of a cluster, too; call the domain something else"
 
 
 def _time_problems(recipe: Recipe) -> Iterator[str]:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from btx_megatron.errors import UserError
-from btx_megatron.recipe import MATCHED_STAGES, Recipe
+from btx_megatron.recipe import MATCHED_STAGES, Recipe, cluster_names
 from btx_megatron.recipe_checks import check_recipe, resolve_train_iters
 from btx_megatron.recipe_grow import take_run
 
@@ -84,6 +84,7 @@ def parse_recipe(tree: DictConfig | dict[str, Any], where: str = "recipe") -> Re
         typed = OmegaConf.merge(typed_schema, tree)  # rejects unknown keys and wrong types as written
         inherited = {key: tree[key] for key in ("training", "layout") if tree.get(key)}
         names = [domain.name for domain in typed.data.domains]
+        names += cluster_names(typed.method, typed.clusters.number)
         stages = dict.fromkeys(("seed", "finetune"), inherited)
         stages |= dict.fromkeys(MATCHED_STAGES, _without_train_iters(inherited))
         stages["experts"] = dict.fromkeys(names, inherited)

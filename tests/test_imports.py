@@ -38,7 +38,7 @@ FLOORS = [
     {"estimate", "expert_masks"},
     {"methods"},
     {"recipe"},
-    {"recipe_layout", "recipe_mix", "recipe_slurm", "recipe_training"},
+    {"recipe_data", "recipe_layout", "recipe_mix", "recipe_slurm", "recipe_training"},
     {"durable"},
     {"errors", "columns", "recipe_numbers", "times", "tokenizer_json", "traffic"},
 ]

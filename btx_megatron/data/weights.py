@@ -65,6 +65,6 @@ def source_tokens(data_folder: Path) -> dict[SourceKey, int] | None:
 
 def stage_epochs(recipe: Recipe, stage: str, tokens: dict[SourceKey, int]) -> dict[SourceKey, float]:
     """Effective epochs of a stage over each source that it draws from."""
-    weights = source_weights(recipe.data.domains, stage_blend(recipe, stage))
+    weights = source_weights(recipe.domains_of(stage), stage_blend(recipe, stage))
     drawn = stage_tokens(recipe, stage)
     return {key: drawn * weight / tokens[key] for key, weight in weights.items() if tokens.get(key)}

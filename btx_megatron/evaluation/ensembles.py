@@ -1,6 +1,6 @@
 """Held-out loss of ensembles: the experts' own models, whose probabilities of a token are mixed.
 
-    BTM (arXiv 2208.03306; as a baseline 2403.07816)     TiMoE (2508.08827)
+    BTM (arXiv 2208.03306; as a baseline 2403.07816)     c-BTM (2303.14177)     TiMoE (2508.08827)
 
 Each expert reads the held-out windows alone; what is kept is the log-probability of every label. How these
 are weighed is told in the room ``ensembles``. Texts and priors come from training text, never from what is
@@ -21,6 +21,8 @@ from btx_megatron.data.held_out import stream_windows
 from btx_megatron.data.prepare import tokenizer_path
 from btx_megatron.data.sample import PIECE, training_sample
 from btx_megatron.data.tokenizer import open_tokenizer
+from btx_megatron.ensembles.cluster_files import load_clusters
+from btx_megatron.ensembles.clusters import cluster_weights
 from btx_megatron.ensembles.contexts import contexts_of
 from btx_megatron.ensembles.mixture import mean_loss, mix
 from btx_megatron.ensembles.posterior import cached_prior, posterior_weights
@@ -28,7 +30,7 @@ from btx_megatron.ensembles.similarity import fit_expert_texts, similarity_weigh
 from btx_megatron.ensembles.time_windows import time_weights
 from btx_megatron.evaluation.loss import Model, Windows, held_out_loss
 from btx_megatron.evaluation.parameter_average import load_average
-from btx_megatron.evaluation.rows import PARAMETERS_ROW, TIMOE_ROWS, ensemble_rows
+from btx_megatron.evaluation.rows import CBTM_ROWS, PARAMETERS_ROW, TIMOE_ROWS, ensemble_rows
 from btx_megatron.evaluation.token_losses import token_losses
 from btx_megatron.job import CHECKPOINTS, Job
 from btx_megatron.recipe import SEED, Stage
@@ -84,6 +86,8 @@ class Ensembles:
             if similar:
                 weights |= similar.weights(tokens_WS, mask_WS)
                 weights |= self._posteriors(domain, log_p_EWS, mask_WS)
+            if recipe.method == "cbtm":
+                weights |= self._by_cluster(tokens_WS, mask_WS)
             if recipe.method == "timoe":
                 weights |= self._by_time(domain, log_p_EWS, mask_WS)
             for row, log_w_EWS in weights.items():
@@ -111,6 +115,16 @@ class Ensembles:
             "btm:cached": posterior_weights(log_p_EWS, mask_WS, prior=prior),
             "btm:updating": posterior_weights(log_p_EWS, mask_WS, prior="updating"),
         }
+
+    def _by_cluster(self, tokens_WS: NDArray[np.int64], mask_WS: Floats) -> dict[str, Floats]:
+        """What came before is where the text is among the clusters."""
+        clusters = load_clusters(self._job.run_folder / stage_folder("cluster"))
+        contexts = contexts_of(
+            tokens_WS, mask_WS, open_tokenizer(tokenizer_path(self._job.data_folder)).decode
+        )
+        temperature = self._job.recipe.clusters.temperature
+        kept = zip(CBTM_ROWS, (1, 2, None), strict=True)
+        return {row: cluster_weights(clusters, contexts, top_k, temperature) for row, top_k in kept}
 
     def _by_time(self, domain: str, log_p_EWS: Floats, mask_WS: Floats) -> dict[str, Floats]:
         """Held-out text of a domain is asked at its end: the experts of later text do not answer."""

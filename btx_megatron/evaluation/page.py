@@ -24,6 +24,7 @@ _TITLES = {
     "sparse_upcycling": "Sparse upcycling",
     "dense": "Dense training continued",
     "btm": "Branch-Train-Merge",
+    "cbtm": "Cluster-Branch-Train-Merge",
     "timoe": "Time-aware mixture of experts",
 }
 
@@ -85,7 +86,7 @@ def verdict(summary: dict[str, Any], main: str = "btx") -> str:
             continue
         line = f"- {_compare(losses[main]['mean'], values['mean'], f'`{row}`')}"
         kind, _, domain = row.partition(":")
-        if kind == "expert":
+        if kind == "expert" and domain in values:
             line += f"; on its own domain, {_compare(losses[main][domain], values[domain], 'it')}"
         if row in MATCHED_STAGES:
             line += _cost(summary, row, main)
@@ -137,6 +138,7 @@ def routing_table(routing: dict[str, Any]) -> str:
 def retention_text(losses: Losses, main: str) -> str:
     """The method on each domain beside the domain's own expert; nothing where there are no experts."""
     domains = [row.partition(":")[2] for row in losses if row.startswith("expert:")]
+    domains = [domain for domain in domains if domain in losses[main]]  # not c-BTM's clusters
     parts = [f"{name} {losses[main][name] - losses[f'expert:{name}'][name]:+.3f}" for name in domains]
     return f"Beside each domain's own expert, in nats a token: {', '.join(parts)}." if parts else ""
 

@@ -10,6 +10,8 @@ MOE_ROWS = (GROWN_FROM, "merged", "btx", "sparse_upcycling_dm", "sparse_upcyclin
 PARAMETERS_ROW = "btm:parameters"
 BTM_ROWS = ("btm:top-1", "btm:top-2", "btm:uniform", "btm:cached", "btm:updating", PARAMETERS_ROW)
 """Experts chosen by similarity, weighed by a posterior with that prior, and averaged by the cached one."""
+CBTM_ROWS = ("cbtm:top-1", "cbtm:top-2", "cbtm:all")
+"""Experts weighed by how near the context is to their clusters: so many of the nearest, and all."""
 TIMOE_ROWS = ("timoe:uniform", "timoe:posterior")
 """Experts of earlier text, all alike, and weighed by a posterior."""
 
@@ -26,7 +28,8 @@ def opted_out(row: str) -> str | None:
 def ensemble_rows(recipe: Recipe) -> list[str]:
     """Rows that have no stage of their own: the experts' probabilities are mixed, or their parameters."""
     btm = BTM_ROWS if "btm" in (recipe.method, *recipe.baselines) and recipe.expert_stages else ()
-    return [*btm, *(TIMOE_ROWS if recipe.method == "timoe" else ())]
+    own = {"cbtm": CBTM_ROWS, "timoe": TIMOE_ROWS}.get(recipe.method, ())
+    return [*btm, *own]
 
 
 def all_rows(recipe: Recipe) -> list[str]:
@@ -62,6 +65,9 @@ def rows_of(recipe: Recipe) -> dict[str, str]:
 
 def main_row(recipe: Recipe) -> str:
     """The row of the method itself: that of its last stage; of ensembles, the one that needs no choice."""
-    ends = {"finetune": "btx", None: {"btm": "btm:updating", "timoe": "timoe:posterior"}.get(recipe.method)}
+    ends = {
+        "finetune": "btx",
+        None: {"btm": "btm:updating", "cbtm": "cbtm:all", "timoe": "timoe:posterior"}.get(recipe.method),
+    }
     main = main_stage(recipe)
     return ends.get(main) or main or ""

@@ -12,7 +12,12 @@ from btx_megatron.errors import UserError
 from btx_megatron.pipeline import PipelineStage
 from btx_megatron.runtime.cores import available_cores
 
-_PACKAGES = {"train": ("megatron", "psutil"), "evaluate": ("megatron", "psutil"), "report": ("matplotlib",)}
+_PACKAGES = {
+    "train": ("megatron", "psutil"),
+    "evaluate": ("megatron", "psutil"),
+    "report": ("matplotlib",),
+    "cluster": ("sklearn",),
+}
 """What tasks need beyond the base install."""
 
 

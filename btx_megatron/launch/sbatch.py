@@ -12,6 +12,7 @@ from btx_megatron.recipe import Recipe, SlurmJob
 
 SCRIPTS = {
     "prepare": "prepare.sbatch",
+    "cluster": "prepare.sbatch",
     "import": "prepare.sbatch",
     "mix": "mix.sbatch",
     "average": "mix.sbatch",

@@ -64,9 +64,11 @@ def compute_text(recipe: Recipe) -> str:
 
 def epochs_text(recipe: Recipe) -> list[str]:
     """How often each training stage reads each source; nothing before the data is prepared."""
-    tokens = source_tokens(RunFolder(recipe.run_folder).published("prepare"))
+    run = RunFolder(recipe.run_folder)
+    tokens = source_tokens(run.published("prepare"))
     if tokens is None:
         return []
+    tokens |= source_tokens(run.published("cluster")) or {}
     stages = [stage.name for stage in stages_of(recipe) if stage.task == "train"]
     epochs = {stage: stage_epochs(recipe, stage, tokens) for stage in stages}
     rows = [["epochs over each source", "tokens", *stages]]

@@ -68,6 +68,13 @@ def _prepare(job: Job) -> dict[str, Any]:
     return {}
 
 
+def _cluster(job: Job) -> dict[str, Any]:
+    from btx_megatron.ensembles.cluster_documents import cluster_documents
+
+    cluster_documents(job.recipe, job.data_folder, job.work_folder)
+    return {}
+
+
 def _import(job: Job) -> dict[str, Any]:
     from btx_megatron.data.folder import read_statistics
     from btx_megatron.mixing.pretrained import import_checkpoint
@@ -131,6 +138,7 @@ def _report(job: Job) -> dict[str, Any]:
 
 _TASKS: dict[Task, Callable[[Job], dict[str, Any]]] = {
     "prepare": _prepare,
+    "cluster": _cluster,
     "import": _import,
     "train": _train,
     "mix": _mix,

@@ -137,7 +137,7 @@ def _samples(job: Job, stage: Stage) -> Any:
     assert training.train_iters is not None
     return TrainingSamples(
         job.data_folder,
-        job.recipe.data.domains,
+        job.recipe.domains_of(job.stage),
         stage_blend(job.recipe, job.stage),
         job.recipe.model.seq_length,
         training.train_iters * training.global_batch_size,

@@ -108,7 +108,7 @@ class Run:
                 lines = [
                     line for line in (path / "losses.jsonl").read_text().splitlines() if line.endswith("}")
                 ]
-                return {record["iteration"]: record["lm_loss"] for record in map(json.loads, lines)}
+                return {record["step"]: record["lm_loss"] for record in map(json.loads, lines)}
         return {}
 
     def logs(self) -> str:
