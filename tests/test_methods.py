@@ -25,7 +25,7 @@ from btx_megatron.recipe import MATCHED_STAGES, MOE_STAGES, Recipe
 from btx_megatron.recipe_checks import check_recipe, resolve_train_iters
 from btx_megatron.recipe_file import load_recipe, parse_recipe, recipe_to_dict
 
-METHODS = ("btx", "sparse_upcycling", "dense", "btm", "timoe")
+METHODS = ("btx", "sparse_upcycling", "dense", "btm", "cbtm", "timoe")
 EXPERTS = ["expert:a", "expert:b"]
 UPCYCLED = ["sparse_upcycling_dm", "sparse_upcycling_cm"]
 
@@ -36,6 +36,8 @@ def recipe_of(resolved: bool = True, **values: Any) -> Recipe:
         for year, domain in enumerate(domains, 2020):
             domain |= {"start": str(year), "end": str(year)}
         values |= {"mix": {"include_seed": False}, "stages": {"seed": {"blend": {"a": 1}}}}
+    if values.get("method") == "cbtm":
+        values |= {"mix": {"include_seed": False}, "clusters": {"number": 3}}
     training = {"train_iters": 10, "lr_warmup_iters": 0, "global_batch_size": 4}
     tree = {"data": {"domains": domains}, "tokenizer": {"vocab_size": 300}, "training": training, **values}
     recipe = parse_recipe(tree)
@@ -54,6 +56,7 @@ def recipe_of(resolved: bool = True, **values: Any) -> Recipe:
         ({"method": "sparse_upcycling", "upcycling_match": "compute"}, ["upcycle", "sparse_upcycling_cm"]),
         ({"method": "btm"}, [*EXPERTS, "average"]),
         ({"method": "timoe"}, [*EXPERTS, "average"]),
+        ({"method": "cbtm"}, [*(f"expert:cluster{number}" for number in range(3)), "average"]),
         (
             {"baselines": ["dense", *UPCYCLED]},
             [*EXPERTS, "mix", "average", "finetune", "upcycle", "dense", *UPCYCLED],
@@ -68,7 +71,8 @@ def recipe_of(resolved: bool = True, **values: Any) -> Recipe:
 def test_the_graph_of_each_method(values: dict[str, Any], stages: list[str]) -> None:
     recipe = recipe_of(**{"baselines": [], **values})
     graph = stages_of(recipe)
-    assert [stage.name for stage in graph] == ["prepare", "seed", *stages, "evaluate", "report"]
+    found = ["cluster"] if recipe.cluster_names else []
+    assert [stage.name for stage in graph] == ["prepare", *found, "seed", *stages, "evaluate", "report"]
     seen: set[str] = set()
     for stage in graph:
         assert set(stage.inputs) <= seen
@@ -104,13 +108,46 @@ def test_rows_are_stages_and_the_methods_own_is_last(method: str) -> None:
     assert set(rows.values()) <= set(names)
     assert shown[-1] == main_row(recipe)
     assert set(shown) == {*rows, *ensemble_rows(recipe)}
-    assert bool(ensemble_rows(recipe)) == (method in ("btm", "timoe"))
+    assert bool(ensemble_rows(recipe)) == (method in ("btm", "cbtm", "timoe"))
     for row in ensemble_rows(recipe):
         assert spent_on(recipe, row) == recipe.expert_stages
     for row, stage in rows.items():
         assert (recipe.num_experts(stage) is not None) == (row in MOE_ROWS)
         assert set(spent_on(recipe, row)) <= set(training_stages(recipe)) - {"seed"}
     assert plan_text(recipe)
+
+
+def test_experts_of_clusters_read_their_clusters() -> None:
+    recipe = recipe_of(method="cbtm", stages={"experts": {"cluster1": {"training": {"train_iters": 7}}}})
+    inputs = {stage.name: stage.inputs for stage in stages_of(recipe)}
+    assert inputs["cluster"] == inputs["seed"] == ("prepare",)
+    assert inputs["expert:cluster1"] == ("cluster", "seed")
+    assert inputs["dense"] == ("prepare", "seed")
+    assert stage_blend(recipe, "expert:cluster1") == {"cluster1": 1.0}
+    assert stages_of_command(recipe, "train", "cluster2") == ["expert:cluster2"]
+    assert stage_tokens(recipe, "dense") == (10 + 7 + 10) * 4 * 256  # as many as the experts
+    with pytest.raises(UserError, match="--domain a: no such domain; the recipe has cluster0, cluster1"):
+        stages_of_command(recipe, "train", "a")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"clusters": {"number": 1}}, "clusters.number 1: must be at least 2"),
+        ({"clusters": {"temperature": 0}}, "clusters.temperature 0.0: must be above 0"),
+        ({"mix": {}}, "mix.include_seed: the seed is of no cluster"),
+        ({"baselines": ["btm"]}, "baselines: 'btm' beside method cbtm"),
+        ({"method": "btm"}, "clusters: they are for method cbtm, not for btm"),
+        ({"stages": {"experts": {"cluster9": {}}}}, "stages.experts.cluster9: no such domain"),
+    ],
+)
+def test_clusters_that_cannot_be(values: dict[str, Any], message: str) -> None:
+    tree = {"method": "cbtm", "mix": {"include_seed": False}, "clusters": {"number": 3}} | values
+    domains = [{"name": name, "sources": [{"path": "x"}]} for name in ("a", "b")]
+    training = {"train_iters": 10, "lr_warmup_iters": 0}
+    with pytest.raises(UserError) as error:
+        check_recipe(parse_recipe({"data": {"domains": domains}, "training": training} | tree), "here")
+    assert message in str(error.value)
 
 
 def test_a_method_is_its_baseline_alone() -> None:

@@ -85,7 +85,17 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
         "held_out_loss": losses,
         "held_out_tokens": {name: int(sum(w[2].sum() for w in windows[name])) for name in windows},
         "routing": routing or None,
+        "clusters": _clusters(job) if recipe.cluster_names else None,
     }
+
+
+def _clusters(job: Job) -> dict[str, Any]:
+    """What c-BTM found: each cluster's heaviest words, and how many documents of each domain it has."""
+    from btx_megatron.ensembles.cluster_documents import load_found
+
+    clusters, documents_of = load_found(job.run_folder / stage_folder("cluster"))
+    words = dict(zip(job.recipe.cluster_names, clusters.words(), strict=True))
+    return {name: {"words": words[name], "documents_of": documents_of[name]} for name in words}
 
 
 def _ensembles(job: Job, stage: Stage, windows: dict[str, Windows]) -> Ensembles | None:

@@ -48,6 +48,7 @@ def render_page(
         verdict(summary, main_row(recipe)),
         *filter(None, [retention_text(summary["held_out_loss"], main_row(recipe))]),
         "![Training and held-out loss](losses.png)",
+        *clusters_section(recipe, evaluation.get("clusters")),
         *routing_section(evaluation["routing"]),
         "## What was run",
         model_text(recipe, summary["parameters"]),
@@ -108,6 +109,25 @@ def _cost(summary: dict[str, Any], row: str, main: str) -> str:
             "of dense"
         )
     return text
+
+
+def clusters_section(recipe: Recipe, clusters: dict[str, Any] | None) -> list[str]:
+    """Heading and table of what c-BTM found; nothing of the other methods."""
+    if not clusters:
+        return []
+    lines = [
+        [
+            name,
+            " ".join(found["words"]),
+            *(f"{found['documents_of'].get(domain, 0):,}" for domain in recipe.domain_names),
+        ]
+        for name, found in clusters.items()
+    ]
+    text = (
+        "Found in the training documents without their domains; counted here are documents of "
+        "each domain, and told the words that weigh most in a cluster's centre."
+    )
+    return ["## Clusters", text, _table(["cluster", "words", *recipe.domain_names], lines, texts=2)]
 
 
 def routing_section(routing: dict[str, Any] | None) -> list[str]:

@@ -106,3 +106,34 @@ def test_time_slices(tmp_path: Path) -> None:
     for row in ("timoe:uniform", "timoe:posterior"):
         assert losses[row]["json"] == pytest.approx(losses["expert:json"]["json"], abs=1e-6)
         assert losses[row]["mail"] != pytest.approx(losses["expert:mail"]["mail"], abs=1e-4)
+
+
+def test_domains_that_nobody_named(tmp_path: Path) -> None:
+    """Clusters, an expert of each; their mixtures are as good as the weights say, counted by hand."""
+    from btx_megatron.ensembles.cluster_documents import load_found
+
+    summary, evaluation = run(
+        tmp_path,
+        method="cbtm",
+        clusters={"number": 2, "dimensions": 10},
+        mix={"include_seed": False},
+        baselines=["dense"],
+        stages={"experts": {"cluster1": {"layout": {"tensor_model_parallel_size": 2}}}},
+    )
+    losses = summary["held_out_loss"]
+    assert list(losses)[-1] == "cbtm:all"
+    assert {"expert:cluster0", "expert:cluster1", "dense", "average", "cbtm:top-1"} <= set(losses)
+    for domain in ("json", "mail"):
+        apart = [losses[f"expert:cluster{k}"][domain] for k in (0, 1)]
+        assert min(apart) - 0.3 < losses["cbtm:top-1"][domain] < max(apart) + 1e-6
+        # of two experts top-2 is all of them, and a mixture is no worse than the mean of its parts
+        assert losses["cbtm:top-2"][domain] == losses["cbtm:all"][domain] < max(apart) + 1e-6
+    clusters, documents_of = load_found(tmp_path / "run" / "cluster")
+    assert evaluation["clusters"]["cluster0"]["documents_of"] == documents_of["cluster0"]
+    assert evaluation["clusters"]["cluster0"]["words"] == clusters.words()[0]
+    statistics = json.loads((tmp_path / "run" / "data" / "statistics.json").read_text())["domains"]
+    for domain in ("json", "mail"):
+        found = sum(part.get(domain, 0) for part in documents_of.values())
+        assert found == statistics[domain]["text"]["train"]["documents"]
+    assert "## Clusters" in (tmp_path / "run" / "report" / "report.md").read_text()
+    assert summary["tokens"]["dense"] == summary["tokens"]["cbtm:all"]
