@@ -34,11 +34,9 @@ def draw_losses(curves: dict[str, Curve], held_out: dict[str, dict[str, float]],
     domains = [name for name in next(iter(held_out.values())) if name != "mean"]
     experts = [stage.partition(":")[2] for stage in curves if stage.startswith("expert:")]
     colors = {name: _DOMAIN_COLORS[i % len(_DOMAIN_COLORS)] for i, name in enumerate(domains)}
-    colors |= {  # of experts that are of no domain: c-BTM's
-        name: _DOMAIN_COLORS[-1 - i % len(_DOMAIN_COLORS)]
-        for i, name in enumerate(name for name in experts if name not in colors)
-    }
-    _draw_curves(left, curves, colors)
+    others = [name for name in experts if name not in colors]  # c-BTM's clusters are no domains
+    of_experts = {name: _DOMAIN_COLORS[-1 - i % len(_DOMAIN_COLORS)] for i, name in enumerate(others)}
+    _draw_curves(left, curves, colors | of_experts)
     _draw_held_out(right, held_out, colors)
     figure.savefig(path, dpi=120)
 
