@@ -397,6 +397,12 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     _run_alone(recipe, overrides, "evaluate")
 
 
+@app.command()
+def export(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Write the method's model in another format (export.to)."""
+    _run_alone(recipe, overrides, "export")
+
+
 def _given(context: typer.Context) -> set[str]:
     """Options and arguments that the command line names, others have their default; ``--lambda`` as that."""
     sources = {name: context.get_parameter_source(name) for name in context.params}

@@ -14,7 +14,7 @@ from btx_megatron.runtime.progress import PROGRESS_FILE
 from btx_megatron.runtime.stop import STOP_FILE
 from btx_megatron.runtime.stopwatch import DURATION_FILE
 
-Task = Literal["prepare", "import", "cluster", "train", "mix", "average", "evaluate", "report"]
+Task = Literal["prepare", "import", "cluster", "train", "mix", "average", "evaluate", "report", "export"]
 
 JOB_FILE = "job.json"
 LOG_FILE = "log.txt"

@@ -51,7 +51,9 @@ def stages_of(recipe: Recipe) -> list[PipelineStage]:
     names = methods.stage_names(recipe)
     stages = [PipelineStage("prepare", "prepare", ()), *(_stage(recipe, name) for name in names[1:])]
     evaluate = PipelineStage("evaluate", "evaluate", tuple(names), recipe.evaluate.layout.world_size)
-    return [*stages, evaluate, PipelineStage("report", "report", (*names, "evaluate"))]
+    main = methods.main_stage(recipe)
+    export = [PipelineStage("export", "export", (main,))] if recipe.export.to and main else []
+    return [*stages, evaluate, PipelineStage("report", "report", (*names, "evaluate")), *export]
 
 
 def stages_of_command(recipe: Recipe, command: str, domain: str | None = None) -> list[str]:
@@ -72,6 +74,8 @@ def stages_of_command(recipe: Recipe, command: str, domain: str | None = None) -
     known = [stage.name for stage in stages]
     if command in MATCHED_STAGES and command not in known:
         raise UserError(f"baselines does not name '{command}'; add it to train that baseline")
+    if command == "export" and "export" not in known and methods.main_stage(recipe):
+        raise UserError("export.to is null; say export.to=hf")
     if not chosen or not set(chosen) <= set(known):
         has = ", ".join(known)
         raise UserError(f"method {recipe.method} has nothing to do for `btx {command}`; its stages are {has}")

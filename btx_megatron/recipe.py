@@ -196,6 +196,16 @@ class Evaluate:
 
 
 @dataclass
+class Export:
+    """The method's model in another format, at the end of the run."""
+
+    to: Literal["hf", "megatron", "megatron-legacy"] | None = None
+    """hf: a Hugging Face folder, Llama or Mixtral, with the tokenizer. Null: nothing is exported."""
+    approximate: bool = False
+    """Also what a Mixtral cannot say exactly (a router that drops tokens, ...); recorded in its config."""
+
+
+@dataclass
 class Launch:
     """Running here, on one machine."""
 
@@ -251,6 +261,8 @@ class Recipe:
     """Baselines to train beside the method; ``btm`` needs no training, the experts are there."""
     evaluate: Evaluate = field(default_factory=Evaluate)
     """The evaluation."""
+    export: Export = field(default_factory=Export)
+    """The export."""
     launch: Launch = field(default_factory=Launch)
     """Running on this machine."""
     slurm: Slurm = field(default_factory=Slurm)

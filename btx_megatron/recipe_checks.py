@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from btx_megatron.errors import UserError
 from btx_megatron.matching import matched_train_iters, reference_stages, unresolved_stages
-from btx_megatron.methods import has_moe, stage_names, training_stages
+from btx_megatron.methods import has_moe, main_stage, stage_names, training_stages
 from btx_megatron.recipe import GROWN_FROM, MATCHED_STAGES, SEED, Data, Model, Recipe, Source, Stage, Training
 from btx_megatron.recipe_ensemble_checks import ensemble_problems
 from btx_megatron.recipe_layout_checks import dense_layout_problems, layout_problems
@@ -79,10 +79,12 @@ def _problems(recipe: Recipe) -> Iterator[str]:
                 "compared, in one precision; set it for all under training"
             )
     yield from _evaluate_problems(recipe)
+    if recipe.export.to and main_stage(recipe) is None:
+        yield f"export.to: method {recipe.method} ends with experts apart, not with a model; leave it out"
     yield from at_least("launch", recipe.launch, 0, ("max_parallel_experts", "threads_per_rank"))
     if recipe.launch.peak_tflops is not None:
         yield from positive("launch", recipe.launch, ("peak_tflops",))
-    yield from slurm_problems(recipe, [*stage_names(recipe), "evaluate", "report"])
+    yield from slurm_problems(recipe, [*stage_names(recipe), "evaluate", "report", "export"])
 
 
 # data, tokenizer

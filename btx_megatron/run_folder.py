@@ -36,7 +36,7 @@ LOCKS = ".locks"
 _CLAIM = "recipe"  # the lock of those who read and write the recipe
 _LOCK_PATIENCE_SECONDS = 1.0  # `btx status` holds the lock for a moment
 _FREE_KEYS = re.compile(
-    r"run_folder|launch\..*|slurm\..*|data\.(num_workers|loader)|(.*\.)?layout\..*"
+    r"run_folder|launch\..*|slurm\..*|export\..*|data\.(num_workers|loader)|(.*\.)?layout\..*"
     r"|.*\.(log_interval|save_interval|save_total_limit|save_retain_interval|async_save)"
     r"|.*\.(max_consecutive_skipped_steps|loss_spike_factor|distributed_timeout_minutes)"
     r"|.*\.(tensorboard|wandb_project)"

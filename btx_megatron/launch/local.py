@@ -38,7 +38,7 @@ def run_pipeline(recipe: Recipe, machine: Machine | None = None) -> None:
 
     Raises UserError, StageFailed (after everything that could go on has), or Stopped.
     """
-    _run(recipe, {"report"}, machine or this_machine(recipe.launch.device))
+    _run(recipe, {"report", "export"}, machine or this_machine(recipe.launch.device))
 
 
 def run_stages(

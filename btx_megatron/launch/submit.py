@@ -186,7 +186,7 @@ def _freeze(recipe: Recipe, folder: Path, update_code: bool) -> list[str]:
 
 def _scripts() -> Path:
     """slurm/ of the repository; of an installed package, its copy."""
-    for place in (_PACKAGE.parent / "slurm", _PACKAGE / "slurm"):
+    for place in (_PACKAGE.parent / "slurm", Path(sys.prefix) / "share" / "btx-megatron" / "slurm"):
         if (place / "common.sh").exists():
             return place
     raise UserError(f"{_PACKAGE}: the sbatch scripts are missing; install the package again")

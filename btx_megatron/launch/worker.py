@@ -129,6 +129,17 @@ def _output(job: Job) -> Any:
     return Output(job.checkpoints, to="megatron", recipe=recipe, progress=Progress(job.work_folder))
 
 
+def _export(job: Job) -> dict[str, Any]:
+    _verify_inputs(job)
+    from btx_megatron.mixing.mix import Output, convert
+
+    (source,) = job.inputs
+    settings, progress = job.recipe.export, Progress(job.work_folder)
+    target = job.work_folder / "model"
+    output = Output(target, settings.to, approximate=settings.approximate, progress=progress)
+    return {"outputs": {"tensors": convert(_checkpoints(job, source), output)}}
+
+
 def _report(job: Job) -> dict[str, Any]:
     from btx_megatron.evaluation.report import write_report
 
@@ -145,6 +156,7 @@ _TASKS: dict[Task, Callable[[Job], dict[str, Any]]] = {
     "average": _average,
     "evaluate": _evaluate,
     "report": _report,
+    "export": _export,
 }
 
 

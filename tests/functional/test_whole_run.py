@@ -59,6 +59,7 @@ RECIPE: dict[str, Any] = {
     },
     "baselines": [],
     "launch": {"device": "cpu"},
+    "export": {"to": "hf"},
     "evaluate": {"layout": TWO_RANKS | {"expert_model_parallel_size": 2}},
 }
 TRAINED = ("seed", "experts/json", "experts/io", "experts/xml", "finetune")
@@ -120,7 +121,7 @@ def processes_of(run: Path) -> list[str]:
 
 
 def test_every_stage_is_published(whole: Path) -> None:
-    for stage in ("data", *TRAINED, "mix", "average", "evaluate", "report"):
+    for stage in ("data", *TRAINED, "mix", "average", "evaluate", "report", "export"):
         manifest = json.loads((whole / stage / "manifest.json").read_text())
         assert len(manifest["fingerprint"]) == 64
         assert manifest["duration_seconds"] > 0
@@ -132,6 +133,15 @@ def test_every_stage_is_published(whole: Path) -> None:
         values = summary["held_out_loss"][row]
         assert values["mean"] == pytest.approx((values["json"] + values["io"] + values["xml"]) / 3)
         assert 1 < values["mean"] < 6.3  # better than a uniform guess over 512 pieces
+
+
+def test_the_export_opens_in_transformers(whole: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(whole / "export" / "model")
+    assert (model.config.model_type, model.config.num_local_experts) == ("mixtral", 4)
+    tokenizer = AutoTokenizer.from_pretrained(whole / "export" / "model")
+    assert tokenizer.decode(tokenizer("def load(", add_special_tokens=False)["input_ids"]) == "def load("
 
 
 def test_stopped_killed_and_gone_on_with_gives_the_same_run(recipe: Path, whole: Path) -> None:

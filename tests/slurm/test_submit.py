@@ -51,6 +51,7 @@ RECIPE: dict[str, Any] = {
         "finetune": {"layout": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
     },
     "baselines": [],
+    "export": {"to": "hf"},
     "launch": {"device": "cpu"},
     "slurm": {
         "gpus_per_node": 1,  # two ranks are two nodes
@@ -128,12 +129,15 @@ def whole(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
     told = run.submit()
     assert "expert:json: job 3 on 2 nodes x 1, after 1, 2" in told
     run.wait("report", "COMPLETED", seconds=400)
+    run.wait("export", "COMPLETED")
     return run
 
 
 def test_the_whole_graph(whole: Run) -> None:
     summary = json.loads((whole.path / "report" / "summary.json").read_text())
     assert set(summary["held_out_loss"]) == {"seed", "expert:json", "expert:mail", "average", "merged", "btx"}
+    config = json.loads((whole.path / "export" / "model" / "config.json").read_text())
+    assert config["model_type"] == "mixtral"
     states = {name: job["job_state"] for name, job in whole.cluster.jobs().items()}
     assert set(states.values()) == {"COMPLETED"}
     assert whole.job("expert:json")["node_count"] == 2
