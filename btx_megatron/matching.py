@@ -22,7 +22,7 @@ def reference_stages(recipe: Recipe) -> list[str]:
     """The stages of btx that baselines are matched to."""
     if recipe.cluster_names:
         return recipe.expert_stages
-    return [*(f"expert:{name}" for name in recipe.domain_names), "finetune"]
+    return [*(f"expert:{domain.name}" for domain in recipe.data.domains if domain.expert), "finetune"]
 
 
 def matched_train_iters(recipe: Recipe, stage: str) -> int:

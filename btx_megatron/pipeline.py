@@ -61,9 +61,9 @@ def stages_of_command(recipe: Recipe, command: str, domain: str | None = None) -
 
     ``domain``: of ``btx train``, the one expert that is meant.
     """
-    names = recipe.cluster_names or recipe.domain_names
-    if domain is not None and domain not in names:
-        raise UserError(f"--domain {domain}: no such domain; the recipe has {', '.join(names)}")
+    names = [name.removeprefix("expert:") for name in recipe.expert_stages]
+    if domain is not None and names and domain not in names:
+        raise UserError(f"--domain {domain}: no expert of that name; the recipe has {', '.join(names)}")
     stages = stages_of(recipe)
     chosen = {
         "train": [f"expert:{domain}"] if domain is not None else recipe.expert_stages,

@@ -286,11 +286,12 @@ class Recipe:
 
     @property
     def joining_names(self) -> list[str]:
-        """The models that are mixed: one a domain, then the seed, where it joins.
+        """The models that are mixed: one a domain that has an expert, then the seed, where it joins.
 
         Into a mixture that is grown: those that it has no expert of.
         """
-        names = (self.cluster_names or self.domain_names) + ([SEED] if self.mix.include_seed else [])
+        domains = [domain.name for domain in self.data.domains if domain.expert]
+        names = (self.cluster_names or domains) + ([SEED] if self.mix.include_seed else [])
         return [name for name in names if name not in self.mix.grow_experts]
 
     @property

@@ -58,11 +58,10 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     yield from mix_problems(recipe)
     if has_moe(recipe):
         yield from moe_problems(recipe)
+    with_expert = [domain.name for domain in recipe.data.domains if domain.expert]
     for name in recipe.stages.experts:
-        if name not in (*recipe.domain_names, *recipe.cluster_names):
-            yield (
-                f"stages.experts.{name}: no such domain; data.domains has {', '.join(recipe.domain_names)}"
-            )
+        if name not in (*with_expert, *recipe.cluster_names):
+            yield f"stages.experts.{name}: no expert of that name; there are {', '.join(with_expert)}"
     for name in sorted({name for name in recipe.baselines if recipe.baselines.count(name) > 1}):
         yield f"baselines: '{name}' is given {recipe.baselines.count(name)} times; once is enough"
     yield from mask_problems(recipe)
@@ -98,6 +97,8 @@ def _data_problems(data: Data) -> Iterator[str]:
     for name in names:
         if name in RESERVED_NAMES:
             yield f"data.domains: the name '{name}' is reserved; call the domain something else"
+    if names and not any(domain.expert for domain in data.domains):
+        yield "data.domains: none has an expert; set expert: true for one at least"
     for domain in data.domains:
         yield from _source_problems(f"data.domains.{domain.name}.sources", domain.sources)
     if not 0 < data.held_out_fraction < 1:

@@ -34,12 +34,15 @@ class Source:
 
 @dataclass
 class Domain:
-    """A domain of text; one expert is trained on each."""
+    """A domain of text, and the expert of it."""
 
     name: str = ""
     """Names the expert: letters, digits, '-' and '_'."""
     sources: list[Source] = field(default_factory=list)
     """Where its text comes from."""
+    expert: bool = True
+    """Whether an expert is trained on it. False: text for the seed, the MoE stage and the baselines alone, as
+    the seed's own data in the paper's MoE stage."""
     start: str | None = None
     """The earliest time of its text, a number (year) or a date YYYY-MM-DD; for ``method: timoe`` and
     ``moe.moe_router_time_mask``."""

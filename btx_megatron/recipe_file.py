@@ -83,7 +83,7 @@ def parse_recipe(tree: DictConfig | dict[str, Any], where: str = "recipe") -> Re
     try:
         typed = OmegaConf.merge(typed_schema, tree)  # rejects unknown keys and wrong types as written
         inherited = {key: tree[key] for key in ("training", "layout") if tree.get(key)}
-        names = [domain.name for domain in typed.data.domains]
+        names = [domain.name for domain in typed.data.domains if domain.expert]
         names += cluster_names(typed.method, typed.clusters.number)
         stages = dict.fromkeys(("seed", "finetune"), inherited)
         stages |= dict.fromkeys(MATCHED_STAGES, _without_train_iters(inherited))

@@ -118,7 +118,10 @@ def test_plan_of_the_quickstart(btx) -> None:  # type: ignore[no-untyped-def]
             "moe.moe_router_topk 1 with moe.moe_router_pre_softmax",
         ),
         (["seed", QUICKSTART, "oops"], "override 'oops': write it as key.sub=value"),
-        (["train", QUICKSTART, "--domain", "maths"], "--domain maths: no such domain; the recipe has prose"),
+        (
+            ["train", QUICKSTART, "--domain", "maths"],
+            "--domain maths: no expert of that name; the recipe has prose",
+        ),
         (["dense", QUICKSTART, "baselines=[]"], "baselines does not name 'dense'"),
         (["status", "nowhere"], "nowhere: no such run folder or recipe"),
         (["status", str(ROOT / "examples")], "not a run folder, it has no recipe.yaml"),

@@ -126,7 +126,9 @@ def test_experts_of_clusters_read_their_clusters() -> None:
     assert stage_blend(recipe, "expert:cluster1") == {"cluster1": 1.0}
     assert stages_of_command(recipe, "train", "cluster2") == ["expert:cluster2"]
     assert stage_tokens(recipe, "dense") == (10 + 7 + 10) * 4 * 256  # as many as the experts
-    with pytest.raises(UserError, match="--domain a: no such domain; the recipe has cluster0, cluster1"):
+    with pytest.raises(
+        UserError, match="--domain a: no expert of that name; the recipe has cluster0, cluster1"
+    ):
         stages_of_command(recipe, "train", "a")
 
 
@@ -138,7 +140,7 @@ def test_experts_of_clusters_read_their_clusters() -> None:
         ({"mix": {}}, "mix.include_seed: the seed is of no cluster"),
         ({"baselines": ["btm"]}, "baselines: 'btm' beside method cbtm"),
         ({"method": "btm"}, "clusters: they are for method cbtm, not for btm"),
-        ({"stages": {"experts": {"cluster9": {}}}}, "stages.experts.cluster9: no such domain"),
+        ({"stages": {"experts": {"cluster9": {}}}}, "stages.experts.cluster9: no expert of that name"),
     ],
 )
 def test_clusters_that_cannot_be(values: dict[str, Any], message: str) -> None:
@@ -314,3 +316,22 @@ def test_commands_and_their_stages() -> None:
 def test_expert_names_do_not_change_with_the_baselines() -> None:
     for left, right in pairwise([recipe_of(baselines=names) for names in ([], ["dense"], UPCYCLED)]):
         assert left.expert_names == right.expert_names == ["a", "b", "seed"]
+
+
+def test_text_that_has_no_expert() -> None:
+    """It is trained on by the seed, the MoE and the baselines, and evaluated on."""
+    domains: list[dict[str, Any]] = [{"name": name, "sources": [{"path": "x"}]} for name in ("a", "b", "c")]
+    domains[2]["expert"] = False
+    recipe = recipe_of(data={"domains": domains}, baselines=["dense", "sparse_upcycling_dm"])
+    assert recipe.expert_stages == EXPERTS
+    assert recipe.expert_names == ["a", "b", "seed"]
+    assert recipe.domain_names == ["a", "b", "c"]
+    for stage in ("seed", "finetune", "dense", "sparse_upcycling_dm"):
+        assert stage_blend(recipe, stage) == {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert stage_tokens(recipe, "dense") == 3 * 10 * 4 * 256
+    for mistake, message in [
+        ({"stages": {"experts": {"c": {}}}}, "stages.experts.c: no expert of that name; there are a, b"),
+        ({"data": {"domains": [domains[2]]}}, "data.domains: none has an expert"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            recipe_of(**{"data": {"domains": domains}, **mistake})

@@ -74,7 +74,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     # stages
     (
         {"stages.experts.maths": {}},
-        "stages.experts.maths: no such domain; data.domains has prose, code, math",
+        "stages.experts.maths: no expert of that name; there are prose, code, math",
     ),
     ({"stages.seed.training.train_iters": None}, "stages.seed.training.train_iters is missing"),
     ({"stages.experts.math.training.train_iters": 0}, "stages.experts.math.training.train_iters 0: must be"),
