@@ -151,8 +151,28 @@ def cancel(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    simulate: Annotated[
+        bool,
+        typer.Option("--simulate", help="Instead: what failing nodes cost, against one synchronous run."),
+    ] = False,
+    gpus: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="With --simulate: GPUs in all; repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="K", help="With --simulate: how often.")] = 20,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="With --simulate, as gpu_mtbf_hours=30000; repeatable."),
+    ] = None,
+) -> None:
     """Show stages, layouts, sizes and tokens; nothing is run."""
+    if simulate:
+        from btx_megatron.simulate.table import simulation_text
+
+        print(simulation_text(_load(recipe, overrides), gpus or [], seeds, assume or []))
+        return
     from btx_megatron.launch.tables import plan_text
 
     print(plan_text(_load(recipe, overrides)))

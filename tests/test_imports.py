@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "btx_megatron"
 FLOORS = [
     {"cli", "__main__"},
     {"launch"},
+    {"simulate"},
     {"pipeline"},
     {"mixing", "evaluation", "ensembles"},
     {"training"},
