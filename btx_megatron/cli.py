@@ -161,7 +161,9 @@ def plan(
     gpus: Annotated[
         list[int] | None, typer.Option(metavar="N", help="With --simulate: GPUs in all; repeatable.")
     ] = None,
-    seeds: Annotated[int, typer.Option(metavar="K", help="With --simulate: how often.")] = 20,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="K", help="With --simulate: how often; 20 if not given.")
+    ] = None,
     assume: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="With --simulate, as gpu_mtbf_hours=30000; repeatable."),
@@ -173,6 +175,8 @@ def plan(
 
         print(simulation_text(_load(recipe, overrides), gpus or [], seeds, assume or []))
         return
+    if gpus or assume or seeds is not None:
+        raise UserError("--gpus, --seeds and --assume belong to --simulate; give it, too")
     from btx_megatron.launch.tables import plan_text
 
     print(plan_text(_load(recipe, overrides)))

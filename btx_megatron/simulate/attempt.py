@@ -18,7 +18,7 @@ from btx_megatron.simulate.jobs import SimulatedJob
 
 @dataclass
 class Spent:
-    """Hours of one job from its first start to its end: together with its training they are all of it."""
+    """What a job's hours went to, from its first start on; with those of its training they are all."""
 
     checkpoints: float = 0.0
     """Training stood still for a checkpoint that was kept."""
@@ -33,6 +33,13 @@ class Spent:
     def total(self) -> float:
         """All of them."""
         return self.checkpoints + self.lost + self.down + self.slow
+
+    def add(self, other: Spent, times: float) -> None:
+        """As many times what another job spent."""
+        self.checkpoints += times * other.checkpoints
+        self.lost += times * other.lost
+        self.down += times * other.down
+        self.slow += times * other.slow
 
 
 @dataclass

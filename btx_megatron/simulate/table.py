@@ -12,14 +12,19 @@ from btx_megatron.simulate.jobs import btx_jobs, synchronous_job, whole_nodes
 from btx_megatron.simulate.trials import Outcome, Spread, run_trials, spread
 
 GPUS = (128, 1024, 8192, 65536)
+SEEDS = 20
 _HEAD = ["GPUs", "jobs", "wall, h", "goodput, %", "of reserved, %", "GPU-hours lost", "failures"]
 
 
-def simulation_text(recipe: Recipe, gpus: Sequence[int], seeds: int, settings: list[str]) -> str:
-    """The table. ``gpus``: sizes of the cluster, or none for GPUS; ``settings``: KEY=VALUE of Assumptions.
+def simulation_text(recipe: Recipe, gpus: Sequence[int], seeds: int | None, settings: list[str]) -> str:
+    """The table.
+
+    ``gpus``: sizes of the cluster, none for GPUS. ``seeds``: None for SEEDS. ``settings``: KEY=VALUE of
+    Assumptions.
 
     Raises UserError for settings, sizes and recipes that cannot be simulated.
     """
+    seeds = SEEDS if seeds is None else seeds
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: must be 1 or more")
     assumptions = parse_assumptions(settings)
@@ -32,8 +37,8 @@ def simulation_text(recipe: Recipe, gpus: Sequence[int], seeds: int, settings: l
 
 
 _NOTE = (
-    "one run: the same tokens and FLOPs as one synchronous job on all GPUs. goodput: useful of the GPU-hours\n"
-    "that jobs hold; of reserved: of all GPUs until the end. What the model leaves out: docs/simulation.md"
+    "one run: the same tokens and FLOPs as one synchronous job on all GPUs. goodput: useful of the GPU-\n"
+    "hours that jobs hold; of reserved: of all GPUs until the end. What this leaves out: docs/simulation.md"
 )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from btx_megatron.simulate.assumptions import Assumptions
+from btx_megatron.simulate.attempt import Spent
 from btx_megatron.simulate.cluster import JobRecord, simulate
 from btx_megatron.simulate.jobs import SimulatedJob
 
@@ -24,6 +25,8 @@ class Outcome:
     reserved: float
     """GPU-hours of the whole cluster, spare nodes too, from begin to end."""
     failures: int
+    spent: Spent
+    """GPU-hours that were allocated and not useful, by what they went to."""
 
     @property
     def goodput(self) -> float:
@@ -62,6 +65,9 @@ def run_trials(
 def outcome_of(records: dict[str, JobRecord], nodes: int, assumptions: Assumptions) -> Outcome:
     """The sums over a run's jobs."""
     gpus = assumptions.gpus_per_node
+    spent = Spent()
+    for record in records.values():
+        spent.add(record.spent, times=gpus * record.job.nodes)
     wall = max(record.end for record in records.values())
     return Outcome(
         wall_hours=wall,
@@ -69,6 +75,7 @@ def outcome_of(records: dict[str, JobRecord], nodes: int, assumptions: Assumptio
         allocated=gpus * sum(record.node_hours for record in records.values()),
         reserved=gpus * (nodes + (assumptions.spare_nodes or 0)) * wall,
         failures=sum(record.failures for record in records.values()),
+        spent=spent,
     )
 
 

@@ -35,6 +35,7 @@ def test_both_sides_do_the_same_work() -> None:
     btx, one = (outcomes[0] for outcomes in sides.values())
     assert btx.useful == pytest.approx(one.useful)
     assert btx.lost > 0
+    assert btx.lost == pytest.approx(btx.spent.total)
     assert btx.reserved >= btx.allocated > btx.useful
 
 
@@ -54,12 +55,18 @@ def test_the_command_line_without_torch_or_numpy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [(["--seeds", "0"], "--seeds 0"), (["--assume", "x=1"], "known here")]
+    ("options", "message"),
+    [
+        (["--simulate", "--seeds", "0"], "--seeds 0"),
+        (["--simulate", "--assume", "x=1"], "known here"),
+        (["--gpus", "64"], "belong to --simulate"),
+        (["--seeds", "0"], "belong to --simulate"),
+    ],
 )
 def test_mistakes_are_one_line(
     options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["btx", "plan", QUICKSTART, "--simulate", *options])
+    monkeypatch.setattr(sys, "argv", ["btx", "plan", QUICKSTART, *options])
     assert main() == 2
     errors = capsys.readouterr().err
     assert message in errors
