@@ -19,7 +19,7 @@ from btx_megatron.recipe import Recipe
 from btx_megatron.simulate.assumptions import Assumptions
 from btx_megatron.simulate.checkpointing import daly_interval, expected_time
 
-_MOST_FAILURES = 1e5
+_MOST_FAILURES = 1e5  # of one job; more take minutes to simulate, and nobody would wait for its end
 _BYTES_PER_WEIGHT = 2  # checkpoints that are mixed hold bf16
 
 
@@ -85,6 +85,7 @@ def make_job(
     interval = daly_interval(mtbf, assumptions.checkpoint_hours)
     if assumptions.checkpoint_interval_minutes is not None:
         interval = assumptions.checkpoint_interval_minutes / 60
+    # Against rounding: six hours at an interval of 0.1 hours are 60 parts, not 61.
     segments = max(1, math.ceil(hours / interval * (1 - 1e-12)))
     times = (assumptions.checkpoint_hours, assumptions.restart_hours, assumptions.queue_hours)
     slowest = hours * (1 + assumptions.slow_node_slowdown)
