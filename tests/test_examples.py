@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from btx_megatron.estimate import parameter_counts
+from btx_megatron.estimate import (
+    parameter_counts,
+    recipe_parameter_counts,
+    stage_tokens,
+    step_tokens,
+)
+from btx_megatron.launch.submit import submit
 from btx_megatron.launch.tables import plan_text
 from btx_megatron.manifest import make_manifest, manifest_text
 from btx_megatron.pipeline import stages_of
@@ -20,7 +26,11 @@ from btx_megatron.recipe_file import load_recipe, recipe_to_dict
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-RECIPES = [path for path in sorted(EXAMPLES.rglob("*.yaml")) if path.stem != "grow"]  # it reads a run
+RECIPES = [
+    path
+    for path in sorted(path for path in EXAMPLES.rglob("*.yaml") if path.parent.name != "cluster")
+    if path.stem != "grow"
+]  # it reads a run
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -86,3 +96,40 @@ def test_get_model_says_what_it_lacks(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+WITHOUT_FILES = [
+    "stages.seed.pretrained_checkpoint=null",
+    "tokenizer.tokenizer_model=null",
+]
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "cluster").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_for_a_cluster_is_planned_and_sent(path: Path, tmp_path: Path) -> None:
+    overrides = [] if path.stem == "two_nodes" else WITHOUT_FILES
+    recipe = load_recipe(path, [*overrides, f"run_folder={tmp_path / 'run'}"])
+    assert recipe.name in plan_text(recipe)
+    lines = submit(recipe, dry_run=True)
+    assert len(lines) == len(stages_of(recipe)) + 1
+    script = (tmp_path / "run" / "slurm" / "scripts" / "submit.sh").read_text()
+    assert script.count("sbatch --parsable") == len(stages_of(recipe))
+
+
+def test_the_papers_tokens() -> None:
+    """Section 4.1: experts of 201B, 210B and 42B tokens, a MoE stage of 80B, batches of 4M."""
+    recipe = load_recipe(EXAMPLES / "cluster" / "llama2_7b.yaml", WITHOUT_FILES)
+    tokens = {stage: stage_tokens(recipe, stage) / 1e9 for stage in (*recipe.expert_stages, "finetune")}
+    assert list(tokens.values()) == pytest.approx([201, 210, 42, 80], abs=0.5)
+    assert step_tokens(recipe, "expert:math") == 2**22
+    assert recipe.expert_names == ["math", "code", "wikipedia", "seed"]
+
+
+@pytest.mark.parametrize(
+    ("moe", "billions"),
+    [({"moe_router_type": "switch"}, 6.7), ({}, 11.1), ({"moe_router_type": "soft"}, 19.7)],
+)
+def test_the_papers_active_parameters(moe: dict[str, str], billions: float) -> None:
+    """Table of section 4: top-1, top-2, and all of four experts of Llama-2 7B."""
+    overrides = [f"moe.{key}={value}" for key, value in moe.items()]
+    recipe = load_recipe(EXAMPLES / "cluster" / "llama2_7b.yaml", [*WITHOUT_FILES, *overrides])
+    assert recipe_parameter_counts(recipe).moe_active / 1e9 == pytest.approx(billions, abs=0.05)
