@@ -60,6 +60,12 @@ class Setup:
     moe: Moe = field(default_factory=Moe)
     expert_width: int | None = None
     """Of an expert's feed-forward; None: the model's."""
+    freeze: tuple[str, ...] = ()
+    """Weights that take no gradient, as in the recipe. (The traffic here counts them as if they did.)"""
+
+    def layers(self, place: int) -> int:
+        """Layers on a rank at a place of the pipeline, counted from 0."""
+        return self.layout.pipeline_layers(self.model.num_layers)[place]
 
     @property
     def element(self) -> int:
@@ -90,6 +96,7 @@ def setup_of(recipe: Recipe, stage: Stage, padded_vocab_size: int, num_experts: 
         num_experts=num_experts,
         moe=recipe.moe,
         expert_width=recipe.expert_ffn_hidden_size,
+        freeze=tuple(training.freeze),
     )
 
 
@@ -129,7 +136,7 @@ class _Rank:
             "embedding": [inner, (pp - 1) * tp * dp + inner] if pp > 1 else [rank],
         }
         self.first_stage, self.last_stage = self.stage == 0, self.stage == pp - 1
-        self.layers = setup.model.num_layers // pp
+        self.layers = setup.layers(self.stage)
         tokens = setup.micro_batch_size * setup.model.seq_length
         self.slices = tp if layout.sequence_parallel else 1
         self.tokens = tokens // self.slices  # of a micro-batch, on this rank, between the matrices
@@ -143,7 +150,7 @@ class _Rank:
         self._pipeline()
         self._data("dp", dense_weights(self.setup, self.stage))
         if self.setup.num_experts is not None:
-            self._data("edp", expert_weights(self.setup))
+            self._data("edp", expert_weights(self.setup, self.stage))
             self._experts()
         return self.traffic
 
@@ -242,16 +249,16 @@ def dense_weights(setup: Setup, stage: int) -> list[int]:
         layer += [setup.num_experts * hidden]
     first, last = stage == 0, stage == pp - 1
     vocabulary = [_vocabulary_weights(setup)] * (first + (last and (_untied(setup) or not first)))
-    return layer * (model.num_layers // pp) + vocabulary + [hidden] * last
+    return layer * setup.layers(stage) + vocabulary + [hidden] * last
 
 
-def expert_weights(setup: Setup) -> list[int]:
-    """Numbers in each weight of the experts on a rank."""
+def expert_weights(setup: Setup, stage: int) -> list[int]:
+    """Numbers in each weight of the experts on a rank of a pipeline stage."""
     model, layout = setup.model, setup.layout
     etp = layout.expert_tensor_parallel_size or layout.tensor_model_parallel_size
     matrix = (setup.expert_width or model.ffn_hidden_size) * model.hidden_size // etp
     experts = (setup.num_experts or 0) // layout.expert_model_parallel_size
-    return [2 * matrix, matrix] * (experts * model.num_layers // layout.pipeline_model_parallel_size)
+    return [2 * matrix, matrix] * (experts * setup.layers(stage))
 
 
 def _untied(setup: Setup) -> bool:

@@ -1,0 +1,207 @@
+"""Bytes of memory that training keeps on a rank, by closed formulas, before anything runs.
+
+The formulas follow what Megatron-Core 0.19's local build does with the layers of ``model/``, and are checked
+against what a run keeps (tests/functional/test_memory_estimate.py). On the rank: L layers; of a
+micro-batch: T tokens, U of them between the matrices (T / t with sequence parallelism, else T). h hidden,
+n heads and g key/value groups of width d, f feed-forward (of one expert), k of E experts a token, V padded
+vocabulary; t, x sizes of TP and ETP; e bytes of a number in the compute type (fp32 4, bf16 2).
+
+| part | bytes |
+|---|---|
+| weights | e a weight of the rank |
+| gradients | 4 a weight that is trained: Megatron's buffers are fp32 |
+| optimizer | 8 a weight that is trained (Adam's moments); bf16 12, with fp32 masters |
+| ... distributed | that / DP; of experts / the ranks that hold the same ones |
+| a layer: two norms, input and output of each | 4 U h e + 8 U |
+| ... attention: queries and keys turned, all three as they came, output | T 3 (n + g) d e / t + 4 T n / t |
+| ... dense feed-forward: gate and up, silu(gate), their product | T 4 f e / t |
+| ... experts, with R = U k x rows: input, gate and up, silu, product, gated product | R (h + 5 f / x) e |
+| ... router and dispatcher: gates and indices | U (4 E + 40 k) |
+| last stage: final norm, softmax over the vocabulary in fp32 | 2 U h e + 4 T V / t |
+| recompute full, uniform by c | U h e for c layers |
+| recompute full, block of c | the same for each of the first c layers; the others are kept |
+| recompute selective | core_attn: T (2 n + 2 g) d e / t for attention; mlp, moe: nothing inside; layernorm: no outputs |
+| ... and what is being recomputed | the largest piece of those, once |
+| pipeline, place p of P from 0 | the layers' part times min(m, P - p), m micro-batches a step |
+| ... interleaved, v chunks | of L / v layers, times min(m v, 2 (P - p - 1) + (v - 1) P + 1) |
+| working: logits' passing copies, last stage | 8 T V; with TP 2 T V / t in bf16 and 0 in fp32 |
+| working: outputs sent on, until they are back | U h e for each micro-batch in flight, but on the last stage |
+
+"working" is what lives beside what autograd keeps, the two largest parts of it. The rest (a layer's gradients
+on their way, a matrix' gradient before it is added, buffers of a collective) is a few activations of one layer.
+
+Routes are taken as even over the experts, and none as dropped; a rank whose experts are liked holds more.
+Not covered: what the allocator loses to fragments, the CUDA context, NCCL's buffers, dropout's masks,
+cuBLAS's workspaces. A build on Transformer Engine, which fuses and keeps other things, is not measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+from btx_megatron.estimate_comm import Setup, dense_weights, expert_weights
+
+_GRADIENT, _MOMENTS, _MASTER, _FLOAT = 4, 8, 4, 4
+_RECOMPUTED_BY_DEFAULT = ("core_attn",)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank, by part."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """What autograd keeps, at its peak."""
+    working: float
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return float(sum(astuple(self)))
+
+
+def fullest_rank(setup: Setup) -> Memory:
+    """Memory of the rank, of all places in the pipeline, that holds the most."""
+    places = range(setup.layout.pipeline_model_parallel_size)
+    return max((rank_memory(setup, place) for place in places), key=lambda memory: memory.total)
+
+
+def rank_memory(setup: Setup, place: int) -> Memory:
+    """Memory of a rank at a place of the pipeline, counted from 0."""
+    layout = setup.layout
+    dense, experts = trained_weights(setup, place)
+    state = _MOMENTS + (_MASTER if setup.bf16 else 0)
+    over = layout.data_parallel_size * layout.context_parallel_size, expert_data_parallel_size(setup)
+    ranks = over if layout.use_distributed_optimizer else (1, 1)
+    weights = sum(dense_weights(setup, place)) + sum(expert_weights(setup, place))
+    activations = _Activations(setup, place)
+    return Memory(
+        weights=setup.element * weights,
+        gradients=_GRADIENT * (dense + experts),
+        optimizer=state * (dense / ranks[0] + experts / ranks[1]),
+        activations=activations.kept(),
+        working=activations.working(),
+    )
+
+
+def expert_data_parallel_size(setup: Setup) -> int:
+    """Ranks that hold the same experts."""
+    layout = setup.layout
+    if setup.num_experts is None:
+        return 1
+    tp = layout.tensor_model_parallel_size
+    etp = layout.expert_tensor_parallel_size or tp
+    ranks = tp * layout.context_parallel_size * layout.data_parallel_size
+    return ranks // (etp * layout.expert_model_parallel_size)
+
+
+def trained_weights(setup: Setup, place: int) -> tuple[int, int]:
+    """Numbers in the weights on a rank that take a gradient: all but the experts', and the experts'."""
+    model = setup.model
+    layers = setup.layers(place)
+    dense, experts, router = sum(dense_weights(setup, place)), sum(expert_weights(setup, place)), 0
+    if setup.num_experts is None:  # the feed-forward is what an expert has for itself
+        feed_forward = 3 * model.ffn_hidden_size * model.hidden_size
+        own = layers * feed_forward // setup.layout.tensor_model_parallel_size
+        parts = {"experts": own, "router": 0, "shared": dense - own}
+        return sum(size for part, size in parts.items() if part not in setup.freeze), 0
+    router = layers * setup.num_experts * model.hidden_size
+    parts = {"router": router, "shared": dense - router}
+    trained = sum(size for part, size in parts.items() if part not in setup.freeze)
+    return trained, 0 if "experts" in setup.freeze else experts
+
+
+class _Activations:
+    """What one rank keeps for the backward pass; names as in the table above."""
+
+    def __init__(self, setup: Setup, place: int) -> None:
+        self.setup, self.layout, self.place = setup, setup.layout, place
+        model, layout = setup.model, setup.layout
+        self.tp, self.pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+        self.tokens = setup.micro_batch_size * model.seq_length / layout.context_parallel_size
+        self.between = self.tokens / (self.tp if layout.sequence_parallel else 1)
+        self.row = self.between * model.hidden_size * setup.element
+        self.last = place == self.pp - 1
+        modules = layout.recompute_modules or _RECOMPUTED_BY_DEFAULT
+        self.modules = modules if layout.recompute_granularity == "selective" else ()
+
+    def kept(self) -> float:
+        """Bytes at the peak: all micro-batches in flight, and the head or what is recomputed."""
+        layers = self.setup.layers(self.place)
+        chunk = self.layout.num_layers_per_virtual_pipeline_stage or layers
+        costs = [self._layer(first_of_all=self.place == 0 and number == 0) for number in range(layers)]
+        if self.layout.recompute_granularity == "full":
+            kept, again = self._recomputed(costs, chunk)
+        else:
+            kept, again = sum(costs), self._recomputed_modules()
+        return kept / (layers / chunk) * self._chunks_in_flight(layers // chunk) + max(again, self._head())
+
+    def working(self) -> float:
+        """Bytes of passing tensors that count."""
+        if not self.last:
+            return self.row * min(self.setup.micro_batches, self.pp - self.place)
+        logits = self.tokens * self.setup.padded_vocab_size / self.tp
+        return logits * (8 if self.tp == 1 else 2 if self.setup.bf16 else 0)
+
+    def _chunks_in_flight(self, chunks: int) -> int:
+        batches, behind = self.setup.micro_batches, self.pp - self.place - 1
+        if chunks == 1:
+            return min(batches, behind + 1)
+        return min(batches * chunks, 2 * behind + (chunks - 1) * self.pp + 1)
+
+    def _recomputed(self, costs: list[float], chunk: int) -> tuple[float, float]:
+        """Kept by all layers of the rank, and by the group that is being recomputed."""
+        count = self.layout.recompute_num_layers or 1
+        if self.layout.recompute_method == "block":
+            kept = sum(
+                self.row if number % chunk < count else cost for number, cost in enumerate(costs)
+            )
+            return kept, max(costs)
+        groups = [costs[first : first + count] for first in range(0, len(costs), count)]
+        return self.row * len(groups), max(sum(group) for group in groups)
+
+    def _head(self) -> float:
+        if not self.last:
+            return 0.0
+        return 2 * self.row + self.tokens * self.setup.padded_vocab_size / self.tp * _FLOAT
+
+    def _layer(self, first_of_all: bool) -> float:
+        norms = (2 if "layernorm" in self.modules else 4) * self.row + 2 * self.between * _FLOAT
+        feed_forward = self._feed_forward(first_of_all)
+        recomputed = "mlp" if self.setup.num_experts is None else "moe"
+        return norms + self._attention() + (0 if recomputed in self.modules else feed_forward)
+
+    def _attention(self) -> float:
+        whole, kept_in_part = self._attention_parts()
+        return kept_in_part if "core_attn" in self.modules else whole
+
+    def _attention_parts(self) -> tuple[float, float]:
+        """All of it, and what is left with the core recomputed."""
+        model = self.setup.model
+        heads = model.num_attention_heads
+        groups = model.num_query_groups or heads
+        width = model.kv_channels or model.hidden_size // heads
+        number = self.tokens * width * self.setup.element / self.tp
+        whole = 3 * (heads + groups) * number + self.tokens * heads * _FLOAT / self.tp
+        return whole, 2 * (heads + groups) * number
+
+    def _feed_forward(self, first_of_all: bool = False) -> float:
+        setup, model = self.setup, self.setup.model
+        if setup.num_experts is None:
+            return self.tokens * 4 * model.ffn_hidden_size * setup.element / self.tp
+        topk = setup.moe.topk(setup.num_experts)
+        if first_of_all and setup.moe.moe_router_type == "sample_top1":
+            topk = setup.num_experts  # the first layer is soft
+        etp = self.layout.expert_tensor_parallel_size or self.tp
+        rows = self.between * topk * etp
+        width = model.hidden_size + 5 * (setup.expert_width or model.ffn_hidden_size) / etp
+        return rows * width * setup.element + self.between * (4 * setup.num_experts + 40 * topk)
+
+    def _recomputed_modules(self) -> float:
+        """The largest piece that is recomputed at once."""
+        pieces = {"core_attn": self._attention_parts()[0] - self._attention_parts()[1]}
+        pieces |= dict.fromkeys(("mlp", "moe"), self._feed_forward(first_of_all=self.place == 0))
+        pieces["layernorm"] = self.row
+        return max((pieces[module] for module in self.modules), default=0.0)

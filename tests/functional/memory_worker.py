@@ -1,0 +1,194 @@
+"""Count the bytes that training keeps on each rank, part by part; what was counted goes to a JSON file.
+
+torchrun --nproc-per-node 1 memory_worker.py FOLDER
+torchrun --nproc-per-node 2 memory_worker.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from btx_megatron.recipe import Layout, Model, Moe, Recipe, Stage, Training
+from btx_megatron.runtime import ranks
+
+VOCABULARY, EXPERTS = 512, 4
+MODEL = Model(
+    num_layers=4,
+    hidden_size=128,
+    ffn_hidden_size=320,
+    num_attention_heads=4,
+    num_query_groups=2,
+    seq_length=128,
+)
+TRAINING = Training(train_iters=2, micro_batch_size=2, global_batch_size=16)
+
+FULL = Layout(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+SELECTIVE = Layout(recompute_granularity="selective")
+PP2 = Layout(pipeline_model_parallel_size=2)
+TP2_SP = Layout(tensor_model_parallel_size=2, sequence_parallel=True)
+DP2_DISTRIBUTED = Layout(data_parallel_size=2, use_distributed_optimizer=True)
+EP2 = Layout(data_parallel_size=2, expert_model_parallel_size=2)
+ONE = {
+    "1": Layout(),
+    "full": FULL,
+    "full, pairs": replace(FULL, recompute_num_layers=2),
+    "block of 3": replace(FULL, recompute_method="block", recompute_num_layers=3),
+    "core_attn": SELECTIVE,
+}
+TWO = {
+    "TP2+SP": TP2_SP,
+    "PP2": PP2,
+    "PP2 interleaved": replace(PP2, num_layers_per_virtual_pipeline_stage=1),
+    "PP2 full": replace(FULL, pipeline_model_parallel_size=2),
+    "DP2+distributed": DP2_DISTRIBUTED,
+}
+CASES: dict[int, dict[str, Layout]] = {
+    1: {
+        **{f"dense {name}": layout for name, layout in ONE.items()},
+        "dense mlp": replace(SELECTIVE, recompute_modules=["mlp"]),
+        **{f"moe {name}": layout for name, layout in ONE.items()},
+        "moe moe": replace(SELECTIVE, recompute_modules=["moe"]),
+    },
+    2: {
+        **{f"dense {name}": layout for name, layout in TWO.items()},
+        "dense TP2": Layout(tensor_model_parallel_size=2),
+        **{f"moe {name}": layout for name, layout in TWO.items()},
+        "moe EP2": EP2,
+        "moe EP2+distributed": replace(EP2, use_distributed_optimizer=True),
+        "moe TP2+SP EP2 ETP1": replace(TP2_SP, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
+    },
+}
+"""Ranks -> name (its first word the kind of model) -> layout; each runs in fp32 and bf16."""
+
+
+class Kept:
+    """A tensor that autograd keeps; when the graph lets go of it this goes too."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+class SavedBytes:
+    """Bytes of the storages that autograd keeps for the backward pass, each once, parameters not; the peak."""
+
+    def __init__(self, parameters: set[int]) -> None:
+        self.parameters = parameters
+        self.holders: Counter[int] = Counter()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+        self.at_peak: Counter[str] = Counter()
+
+    def keep(self, tensor: torch.Tensor) -> Kept:
+        kept, storage = Kept(tensor), tensor.untyped_storage()
+        place = storage.data_ptr()
+        if place in self.parameters or not storage.nbytes():
+            return kept
+        if not self.holders[place]:
+            self.sizes[place] = storage.nbytes()
+            self.now += storage.nbytes()
+        self.holders[place] += 1
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(kept, self.release, place)
+        return kept
+
+    def release(self, place: int) -> None:
+        self.holders[place] -= 1
+        if not self.holders[place]:
+            self.now -= self.sizes[place]
+
+    def counting(self) -> Any:
+        return torch.autograd.graph.saved_tensors_hooks(self.keep, lambda kept: kept.tensor)
+
+
+def trainer_of(kind: str, layout: Layout, bf16: bool, model: Model = MODEL) -> Any:
+    ranks.set_layout(layout, seed=7)
+    from btx_megatron.training.trainer import Trainer
+
+    training = replace(TRAINING, bf16=bf16)
+    recipe = Recipe(model=model, training=training, moe=Moe())
+    experts = EXPERTS if kind == "moe" else None
+    return Trainer(
+        recipe, Stage(training=training, layout=layout), padded_vocab_size=VOCABULARY, num_experts=experts
+    )
+
+
+def stream(layout: Layout) -> Iterator[dict[str, Any]]:
+    """Micro-batches of random tokens."""
+    size, generator = (TRAINING.micro_batch_size, MODEL.seq_length), torch.Generator().manual_seed(5)
+    while True:
+        tokens = torch.randint(VOCABULARY, size, generator=generator)
+        yield {
+            "step": 0,
+            "sample_index": torch.arange(size[0]),
+            "tokens": tokens,
+            "labels": tokens,
+            "loss_mask": torch.ones(size),
+            "position_ids": torch.arange(size[1]).expand(size),
+        }
+
+
+def bytes_of(tensors: Any) -> int:
+    """Of their storages, each once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def optimizer_tensors(trainer: Any) -> Iterator[torch.Tensor]:
+    """Moments, and master weights where they are not the weights themselves."""
+    weights = {p.untyped_storage().data_ptr() for chunk in trainer.model for p in chunk.parameters()}
+    for inner in trainer.optimizer.chained_optimizers:
+        for group in inner.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.untyped_storage().data_ptr() not in weights:
+                    yield parameter
+        for state in inner.optimizer.state.values():
+            yield from (value for value in state.values() if torch.is_tensor(value))
+
+
+def counted(kind: str, layout: Layout, bf16: bool) -> dict[str, int]:
+    """Bytes of each part on this rank."""
+    trainer = trainer_of(kind, layout, bf16)
+    parameters = [p for chunk in trainer.model for p in chunk.parameters()]
+    buffers = [b for chunk in trainer.model for b in chunk.buffers + chunk.expert_parallel_buffers]
+    batches = stream(layout)
+    trainer.step(batches)  # makes the optimizer's state
+    saved = SavedBytes({p.untyped_storage().data_ptr() for p in parameters})
+    with saved.counting():
+        trainer.step(batches)
+    assert saved.now == 0, saved.now
+    return {
+        "weights": bytes_of(parameters),
+        "gradients": bytes_of(b.grad_data for b in buffers),
+        "optimizer": bytes_of(optimizer_tensors(trainer)),
+        "activations": saved.peak,
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    ranks.start_ranks()
+    world = dist.get_world_size()
+    result: dict[str, list[dict[str, int]]] = {}
+    for name, layout in CASES[world].items():
+        for bf16 in (False, True):
+            mine = counted(name.split()[0], layout, bf16)
+            of_all: list[Any] = [None] * world
+            dist.all_gather_object(of_all, mine)
+            result[f"{name}, {'bf16' if bf16 else 'fp32'}"] = of_all
+    if dist.get_rank() == 0:
+        (folder / f"memory-{world}.json").write_text(json.dumps(result, indent=1))
+    ranks.stop_ranks()
+
+
+if __name__ == "__main__":
+    main()
