@@ -18,10 +18,11 @@ vocabulary; t, x sizes of TP and ETP; e bytes of a number in the compute type (f
 | ... experts, with R = U k x rows: input, gate and up, silu, product, gated product | R (h + 5 f / x) e |
 | ... router and dispatcher: gates and indices | U (4 E + 40 k) |
 | last stage: final norm, softmax over the vocabulary in fp32 | 2 U h e + 4 T V / t |
-| recompute full, uniform by c | U h e for c layers |
-| recompute full, block of c | the same for each of the first c layers; the others are kept |
-| recompute selective | core_attn: T (2 n + 2 g) d e / t for attention; mlp, moe: nothing inside; layernorm: no outputs |
-| ... and what is being recomputed | the largest piece of those, once |
+| ... once, whatever is in flight: tables of the angles | 2 S d e a layer, S the sequence |
+| recompute full, uniform by c | U h e for c layers; and c layers whole, once |
+| recompute full, block of c | the same for each of the first c layers (which come last); the others are kept |
+| recompute selective, core_attn | T (n + 2 g) d e / t before it, T n d e / t after, and queries where n > g |
+| recompute selective, mlp, moe, layernorm | nothing of it but its input; the largest of these once, whole |
 | pipeline, place p of P from 0 | the layers' part times min(m, P - p), m micro-batches a step |
 | ... interleaved, v chunks | of L / v layers, times min(m v, 2 (P - p - 1) + (v - 1) P + 1) |
 | working: logits' passing copies, last stage | 8 T V; with TP 2 T V / t in bf16 and 0 in fp32 |
@@ -123,6 +124,7 @@ class _Activations:
         self.tokens = setup.micro_batch_size * model.seq_length / layout.context_parallel_size
         self.between = self.tokens / (self.tp if layout.sequence_parallel else 1)
         self.row = self.between * model.hidden_size * setup.element
+        self.head_width = model.kv_channels or model.hidden_size // model.num_attention_heads
         self.last = place == self.pp - 1
         modules = layout.recompute_modules or _RECOMPUTED_BY_DEFAULT
         self.modules = modules if layout.recompute_granularity == "selective" else ()
@@ -136,7 +138,8 @@ class _Activations:
             kept, again = self._recomputed(costs, chunk)
         else:
             kept, again = sum(costs), self._recomputed_modules()
-        return kept / (layers / chunk) * self._chunks_in_flight(layers // chunk) + max(again, self._head())
+        in_flight = kept / (layers / chunk) * self._chunks_in_flight(layers // chunk)
+        return in_flight + max(again, self._head()) + layers * self._tables()
 
     def working(self) -> float:
         """Bytes of passing tensors that count."""
@@ -152,15 +155,16 @@ class _Activations:
         return min(batches * chunks, 2 * behind + (chunks - 1) * self.pp + 1)
 
     def _recomputed(self, costs: list[float], chunk: int) -> tuple[float, float]:
-        """Kept by all layers of the rank, and by the group that is being recomputed."""
-        count = self.layout.recompute_num_layers or 1
+        """Kept by all layers of the rank, and on top of it while a piece is recomputed, whose input it has.
+
+        In a block the layers that were kept are done with by then.
+        """
+        count = min(self.layout.recompute_num_layers or 1, chunk)
         if self.layout.recompute_method == "block":
-            kept = sum(
-                self.row if number % chunk < count else cost for number, cost in enumerate(costs)
-            )
-            return kept, max(costs)
+            kept = [self.row if number % chunk < count else cost for number, cost in enumerate(costs)]
+            return sum(kept), max(costs) - self.row - sum(kept[count:chunk])
         groups = [costs[first : first + count] for first in range(0, len(costs), count)]
-        return self.row * len(groups), max(sum(group) for group in groups)
+        return self.row * len(groups), max(sum(group) for group in groups) - self.row
 
     def _head(self) -> float:
         if not self.last:
@@ -173,19 +177,21 @@ class _Activations:
         recomputed = "mlp" if self.setup.num_experts is None else "moe"
         return norms + self._attention() + (0 if recomputed in self.modules else feed_forward)
 
+    def _tables(self) -> float:
+        return 2 * self.setup.model.seq_length * self.head_width * self.setup.element
+
     def _attention(self) -> float:
-        whole, kept_in_part = self._attention_parts()
-        return kept_in_part if "core_attn" in self.modules else whole
+        whole, around = self._attention_parts()
+        return around if "core_attn" in self.modules else whole
 
     def _attention_parts(self) -> tuple[float, float]:
-        """All of it, and what is left with the core recomputed."""
-        model = self.setup.model
-        heads = model.num_attention_heads
-        groups = model.num_query_groups or heads
-        width = model.kv_channels or model.hidden_size // heads
-        number = self.tokens * width * self.setup.element / self.tp
+        """Bytes of all of it, and of what is left with the core recomputed."""
+        heads = self.setup.model.num_attention_heads
+        groups = self.setup.model.num_query_groups or heads
+        number = self.tokens * self.head_width * self.setup.element / self.tp
         whole = 3 * (heads + groups) * number + self.tokens * heads * _FLOAT / self.tp
-        return whole, 2 * (heads + groups) * number
+        copied = heads if groups != heads else 0  # queries of several heads a group are no view
+        return whole, (2 * heads + 2 * groups + copied) * number
 
     def _feed_forward(self, first_of_all: bool = False) -> float:
         setup, model = self.setup, self.setup.model
