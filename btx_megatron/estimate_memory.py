@@ -17,6 +17,7 @@ vocabulary; t, x sizes of TP and ETP; e bytes of a number in the compute type (f
 | ... dense feed-forward: gate and up, silu(gate), their product | T 4 f e / t |
 | ... experts, with R = U k x rows: input, gate and up, silu, product, gated product | R (h + 5 f / x) e |
 | ... router and dispatcher: gates and indices | U (4 E + 40 k) |
+| ... frozen | without what a frozen matrix takes: shared U h e of a layer and of the last stage; experts R h e, R f e / x |
 | last stage: final norm, softmax over the vocabulary in fp32 | 2 U h e + 4 T V / t |
 | ... once, whatever is in flight: tables of the angles | 2 S d e a layer, S the sequence |
 | recompute full, uniform by c | U h e for c layers; and c layers whole, once |
@@ -25,19 +26,22 @@ vocabulary; t, x sizes of TP and ETP; e bytes of a number in the compute type (f
 | recompute selective, mlp, moe, layernorm | nothing of it but its input; the largest of these once, whole |
 | pipeline, place p of P from 0 | the layers' part times min(m, P - p), m micro-batches a step |
 | ... interleaved, v chunks | of L / v layers, times min(m v, 2 (P - p - 1) + (v - 1) P + 1) |
-| working: logits' passing copies, last stage | 8 T V; with TP 2 T V / t in bf16 and 0 in fp32 |
+| working at the head: passing copies of logits | 8 T V; with TP 2 T V / t in bf16, 0 in fp32 |
+| working in a layer: gradients on their way | dense T 4 f e / t; experts in fp32, as the gates: 4 R h, and 16 R f / x of one |
 | working: outputs sent on, until they are back | U h e for each micro-batch in flight, but on the last stage |
 
-"working" is what lives beside what autograd keeps, the two largest parts of it. The rest (a layer's gradients
-on their way, a matrix' gradient before it is added, buffers of a collective) is a few activations of one layer.
+"working" is what lives beside what autograd keeps. Head and layers have their turns: the peak is in the one
+that comes to more, with what is kept or recomputed at that time.
 
 Routes are taken as even over the experts, and none as dropped; a rank whose experts are liked holds more.
-Not covered: what the allocator loses to fragments, the CUDA context, NCCL's buffers, dropout's masks,
-cuBLAS's workspaces. A build on Transformer Engine, which fuses and keeps other things, is not measured.
+Not covered: what the allocator loses to fragments, the CUDA context, buffers of collectives (NCCL's, gathered
+sequences), dropout's masks, cuBLAS's workspaces. A build on Transformer Engine, which fuses and keeps other
+things, is not measured.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple, dataclass
 
 from btx_megatron.estimate_comm import Setup, dense_weights, expert_weights
@@ -128,25 +132,22 @@ class _Activations:
         self.last = place == self.pp - 1
         modules = layout.recompute_modules or _RECOMPUTED_BY_DEFAULT
         self.modules = modules if layout.recompute_granularity == "selective" else ()
+        self.layers = setup.layers(place)
+        self.chunk = layout.num_layers_per_virtual_pipeline_stage or self.layers
+        self.costs = [self._layer(first_of_all=place == number == 0) for number in range(self.layers)]
 
     def kept(self) -> float:
-        """Bytes at the peak: all micro-batches in flight, and the head or what is recomputed."""
-        layers = self.setup.layers(self.place)
-        chunk = self.layout.num_layers_per_virtual_pipeline_stage or layers
-        costs = [self._layer(first_of_all=self.place == 0 and number == 0) for number in range(layers)]
-        if self.layout.recompute_granularity == "full":
-            kept, again = self._recomputed(costs, chunk)
-        else:
-            kept, again = sum(costs), self._recomputed_modules()
-        in_flight = kept / (layers / chunk) * self._chunks_in_flight(layers // chunk)
-        return in_flight + max(again, self._head()) + layers * self._tables()
+        """Bytes that autograd keeps at most: micro-batches in flight, and the head or what is recomputed."""
+        layers, chunk = self.layers, self.chunk
+        in_flight = self._in_all_layers() / (layers / chunk) * self._chunks_in_flight(layers // chunk)
+        return in_flight + max(self._recomputed(), self._head()) + layers * self._tables()
 
     def working(self) -> float:
-        """Bytes of passing tensors that count."""
-        if not self.last:
-            return self.row * min(self.setup.micro_batches, self.pp - self.place)
-        logits = self.tokens * self.setup.padded_vocab_size / self.tp
-        return logits * (8 if self.tp == 1 else 2 if self.setup.bf16 else 0)
+        """Bytes beside those: at the head its passing copies, in a layer its gradients on their way."""
+        at_head = self._head() + self._copies_of_logits()
+        in_layer = self._recomputed() + self._gradients_of_layer()
+        outputs = 0 if self.last else self.row * min(self.setup.micro_batches, self.pp - self.place)
+        return max(at_head, in_layer) - max(self._head(), self._recomputed()) + outputs
 
     def _chunks_in_flight(self, chunks: int) -> int:
         batches, behind = self.setup.micro_batches, self.pp - self.place - 1
@@ -154,25 +155,63 @@ class _Activations:
             return min(batches, behind + 1)
         return min(batches * chunks, 2 * behind + (chunks - 1) * self.pp + 1)
 
-    def _recomputed(self, costs: list[float], chunk: int) -> tuple[float, float]:
-        """Kept by all layers of the rank, and on top of it while a piece is recomputed, whose input it has.
-
-        In a block the layers that were kept are done with by then.
-        """
-        count = min(self.layout.recompute_num_layers or 1, chunk)
+    def _in_all_layers(self) -> float:
+        """Of one micro-batch in each of the rank's layers."""
+        costs, count = self.costs, self.layout.recompute_num_layers or 1
+        if self.layout.recompute_granularity != "full":
+            return sum(costs)
         if self.layout.recompute_method == "block":
-            kept = [self.row if number % chunk < count else cost for number, cost in enumerate(costs)]
-            return sum(kept), max(costs) - self.row - sum(kept[count:chunk])
-        groups = [costs[first : first + count] for first in range(0, len(costs), count)]
-        return self.row * len(groups), max(sum(group) for group in groups) - self.row
+            return sum(self.row if n % self.chunk < count else cost for n, cost in enumerate(costs))
+        return self.row * math.ceil(self.chunk / count) * (self.layers // self.chunk)
+
+    def _recomputed(self) -> float:
+        """On top of that while a piece is recomputed, whose input is there.
+
+        In a block the layers that were kept come later in the forward pass, and are done with by then.
+        """
+        costs, count = self.costs, min(self.layout.recompute_num_layers or 1, self.chunk)
+        if self.layout.recompute_granularity != "full":
+            return self._recomputed_modules()
+        if self.layout.recompute_method == "block":
+            return max(0.0, max(costs) - self.row - sum(costs[count : self.chunk]))
+        return max(sum(costs[first : first + count]) for first in range(0, self.layers, count)) - self.row
 
     def _head(self) -> float:
         if not self.last:
             return 0.0
-        return 2 * self.row + self.tokens * self.setup.padded_vocab_size / self.tp * _FLOAT
+        rows = 1 if "shared" in self.setup.freeze else 2
+        return rows * self.row + self.tokens * self.setup.padded_vocab_size / self.tp * _FLOAT
+
+    def _copies_of_logits(self) -> float:
+        """Logits in the compute type and in fp32, and the gradient: Megatron's cut loss works in place."""
+        if not self.last:
+            return 0.0
+        logits = self.tokens * self.setup.padded_vocab_size / self.tp
+        return logits * (8 if self.tp == 1 else 2 if self.setup.bf16 else 0)
+
+    def _gradients_of_layer(self) -> float:
+        setup, model = self.setup, self.setup.model
+        if setup.num_experts is None:
+            return self.tokens * 4 * model.ffn_hidden_size * setup.element / self.tp
+        rows, width = self._rows_of_experts(self.place == 0)
+        here = setup.num_experts / self.layout.expert_model_parallel_size  # one expert after the other
+        return rows * (model.hidden_size + 4 * width / here) * _FLOAT
+
+    def _rows_of_experts(self, first_of_all: bool) -> tuple[float, float]:
+        """Rows that the rank's experts take together, and the width of their feed-forward on this rank."""
+        setup = self.setup
+        etp = self.layout.expert_tensor_parallel_size or self.tp
+        width = setup.expert_width or setup.model.ffn_hidden_size
+        return self.between * self._topk(first_of_all) * etp, width / etp
+
+    def _topk(self, first_of_all: bool) -> int:
+        experts, moe = self.setup.num_experts or 1, self.setup.moe
+        soft_at_first = moe.moe_router_type == "sample_top1" and first_of_all
+        return experts if soft_at_first else moe.topk(experts)
 
     def _layer(self, first_of_all: bool) -> float:
-        norms = (2 if "layernorm" in self.modules else 4) * self.row + 2 * self.between * _FLOAT
+        rows = 4 - 2 * ("layernorm" in self.modules) - ("shared" in self.setup.freeze)
+        norms = rows * self.row + 2 * self.between * _FLOAT
         feed_forward = self._feed_forward(first_of_all)
         recomputed = "mlp" if self.setup.num_experts is None else "moe"
         return norms + self._attention() + (0 if recomputed in self.modules else feed_forward)
@@ -196,14 +235,15 @@ class _Activations:
     def _feed_forward(self, first_of_all: bool = False) -> float:
         setup, model = self.setup, self.setup.model
         if setup.num_experts is None:
-            return self.tokens * 4 * model.ffn_hidden_size * setup.element / self.tp
-        topk = setup.moe.topk(setup.num_experts)
-        if first_of_all and setup.moe.moe_router_type == "sample_top1":
-            topk = setup.num_experts  # the first layer is soft
-        etp = self.layout.expert_tensor_parallel_size or self.tp
-        rows = self.between * topk * etp
-        width = model.hidden_size + 5 * (setup.expert_width or model.ffn_hidden_size) / etp
-        return rows * width * setup.element + self.between * (4 * setup.num_experts + 40 * topk)
+            number = 3 if "experts" in setup.freeze else 4
+            return self.tokens * number * model.ffn_hidden_size * setup.element / self.tp
+        rows, width = self._rows_of_experts(first_of_all)
+        if "experts" in setup.freeze:  # no gradient of a matrix needs what went into it
+            inside = 4 * width
+        else:
+            inside = model.hidden_size + 5 * width
+        dispatch = self.between * (4 * setup.num_experts + 40 * self._topk(first_of_all))
+        return rows * inside * setup.element + dispatch
 
     def _recomputed_modules(self) -> float:
         """The largest piece that is recomputed at once."""

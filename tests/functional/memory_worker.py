@@ -10,14 +10,17 @@ import json
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
+from btx_megatron.estimate_comm import Setup
 from btx_megatron.recipe import Layout, Model, Moe, Recipe, Stage, Training
 from btx_megatron.runtime import ranks
 
@@ -38,6 +41,18 @@ PP2 = Layout(pipeline_model_parallel_size=2)
 TP2_SP = Layout(tensor_model_parallel_size=2, sequence_parallel=True)
 DP2_DISTRIBUTED = Layout(data_parallel_size=2, use_distributed_optimizer=True)
 EP2 = Layout(data_parallel_size=2, expert_model_parallel_size=2)
+KINDS: dict[str, tuple[dict[str, Any], Moe | None, list[str]]] = {
+    "dense": ({}, None, []),
+    "multihead": ({"num_query_groups": None}, None, []),
+    "shared-frozen": ({}, None, ["shared"]),
+    "moe": ({}, Moe(), []),
+    "experts-frozen": ({}, Moe(), ["experts"]),
+    "router-frozen": ({}, Moe(), ["router"]),
+    "sampled": ({}, Moe(moe_router_type="sample_top1"), []),
+    "soft": ({}, Moe(moe_router_type="soft"), []),
+}
+"""Name -> what is other in the model, its mixture, what is frozen."""
+PRECISIONS = dict.fromkeys(("dense", "moe"), (False, True))
 ONE = {
     "1": Layout(),
     "full": FULL,
@@ -58,9 +73,13 @@ CASES: dict[int, dict[str, Layout]] = {
         "dense mlp": replace(SELECTIVE, recompute_modules=["mlp"]),
         **{f"moe {name}": layout for name, layout in ONE.items()},
         "moe moe": replace(SELECTIVE, recompute_modules=["moe"]),
+        "multihead core_attn": SELECTIVE,
+        **{f"{kind} 1": Layout() for kind in list(KINDS)[4:] + ["multihead", "shared-frozen"]},
     },
     2: {
         **{f"dense {name}": layout for name, layout in TWO.items()},
+        "dense PP2 first 3": replace(PP2, decoder_first_pipeline_num_layers=3),
+        "experts-frozen EP2+distributed": replace(EP2, use_distributed_optimizer=True),
         "dense TP2": Layout(tensor_model_parallel_size=2),
         **{f"moe {name}": layout for name, layout in TWO.items() if name.startswith(("TP", "PP"))},
         "moe EP2": EP2,
@@ -86,7 +105,6 @@ class SavedBytes:
         self.holders: Counter[int] = Counter()
         self.sizes: dict[int, int] = {}
         self.now = self.peak = 0
-        self.at_peak: Counter[str] = Counter()
 
     def keep(self, tensor: torch.Tensor) -> Kept:
         kept, storage = Kept(tensor), tensor.untyped_storage()
@@ -110,19 +128,37 @@ class SavedBytes:
         return torch.autograd.graph.saved_tensors_hooks(self.keep, lambda kept: kept.tensor)
 
 
-def trainer_of(kind: str, layout: Layout, bf16: bool, model: Model = MODEL) -> Any:
-    ranks.set_layout(layout, seed=7)
-    from btx_megatron.training.trainer import Trainer
-
-    training = replace(TRAINING, bf16=bf16)
-    recipe = Recipe(model=model, training=training, moe=Moe())
-    experts = EXPERTS if kind == "moe" else None
-    return Trainer(
-        recipe, Stage(training=training, layout=layout), padded_vocab_size=VOCABULARY, num_experts=experts
+def setup_of_case(name: str, layout: Layout, bf16: bool) -> Setup:
+    """The formulas' setup of a case."""
+    changes, moe, freeze = KINDS[name.split()[0]]
+    return Setup(
+        model=replace(MODEL, **changes),
+        layout=layout,
+        padded_vocab_size=VOCABULARY,
+        micro_batch_size=TRAINING.micro_batch_size,
+        global_batch_size=TRAINING.global_batch_size,
+        bf16=bf16,
+        num_experts=EXPERTS if moe else None,
+        moe=moe or Moe(),
+        freeze=tuple(freeze),
     )
 
 
-def stream(layout: Layout) -> Iterator[dict[str, Any]]:
+def trainer_of(setup: Setup) -> Any:
+    ranks.set_layout(setup.layout, seed=7)
+    from btx_megatron.training.trainer import Trainer
+
+    training = replace(TRAINING, bf16=setup.bf16, freeze=list(setup.freeze))
+    recipe = Recipe(model=setup.model, training=training, moe=setup.moe)
+    return Trainer(
+        recipe,
+        Stage(training=training, layout=setup.layout),
+        padded_vocab_size=VOCABULARY,
+        num_experts=setup.num_experts,
+    )
+
+
+def stream() -> Iterator[dict[str, Any]]:
     """Micro-batches of random tokens."""
     size, generator = (TRAINING.micro_batch_size, MODEL.seq_length), torch.Generator().manual_seed(5)
     while True:
@@ -155,22 +191,32 @@ def optimizer_tensors(trainer: Any) -> Iterator[torch.Tensor]:
             yield from (value for value in state.values() if torch.is_tensor(value))
 
 
-def counted(kind: str, layout: Layout, bf16: bool) -> dict[str, int]:
+def allocated_by(work: Callable[[], Any]) -> int:
+    """Bytes that torch's allocator has given out at most during a call, beyond those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    assert profiler.profiler is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes))
+
+
+def counted(setup: Setup) -> dict[str, int]:
     """Bytes of each part on this rank."""
-    trainer = trainer_of(kind, layout, bf16)
+    trainer = trainer_of(setup)
     parameters = [p for chunk in trainer.model for p in chunk.parameters()]
     buffers = [b for chunk in trainer.model for b in chunk.buffers + chunk.expert_parallel_buffers]
-    batches = stream(layout)
-    trainer.step(batches)  # makes the optimizer's state
     saved = SavedBytes({p.untyped_storage().data_ptr() for p in parameters})
-    with saved.counting():
-        trainer.step(batches)
+    with saved.counting():  # the first step makes the optimizer's state too
+        trainer.step(stream())
+    step = allocated_by(lambda: trainer.step(stream()))
     assert saved.now == 0, saved.now
     return {
         "weights": bytes_of(parameters),
         "gradients": bytes_of(b.grad_data for b in buffers),
         "optimizer": bytes_of(optimizer_tensors(trainer)),
         "activations": saved.peak,
+        "step": step,
     }
 
 
@@ -180,8 +226,8 @@ def main() -> None:
     world = dist.get_world_size()
     result: dict[str, list[dict[str, int]]] = {}
     for name, layout in CASES[world].items():
-        for bf16 in (False, True):
-            mine = counted(name.split()[0], layout, bf16)
+        for bf16 in PRECISIONS.get(name.split()[0], (False,)):
+            mine = counted(setup_of_case(name, layout, bf16))
             of_all: list[Any] = [None] * world
             dist.all_gather_object(of_all, mine)
             result[f"{name}, {'bf16' if bf16 else 'fp32'}"] = of_all
