@@ -154,6 +154,12 @@ def cancel(
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
+    gpu_type: Annotated[str, typer.Option(help="A100, H100, H200, B200, ...")] = "H100",
+    mfu: Annotated[float, typer.Option(help="Share of its peak that training reaches.")] = 0.4,
+    fit: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="Memory to fit; else the GPU's, unless launch.device is cpu."),
+    ] = None,
     simulate: Annotated[
         bool,
         typer.Option("--simulate", help="Instead: what failing nodes cost, against one synchronous run."),
@@ -169,7 +175,7 @@ def plan(
         typer.Option(metavar="KEY=VALUE", help="With --simulate, as gpu_mtbf_hours=30000; repeatable."),
     ] = None,
 ) -> None:
-    """Show stages, layouts, sizes and tokens; nothing is run."""
+    """Show stages, layouts, tokens, memory, traffic and GPU-hours; nothing is run."""
     if simulate:
         from btx_megatron.simulate.table import simulation_text
 
@@ -179,7 +185,7 @@ def plan(
         raise UserError("--gpus, --seeds and --assume belong to --simulate; give it, too")
     from btx_megatron.launch.tables import plan_text
 
-    print(plan_text(_load(recipe, overrides)))
+    print(plan_text(_load(recipe, overrides), gpu_type, mfu, fit))
 
 
 @app.command()

@@ -17,3 +17,10 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
         return "  ".join(cells).rstrip()
 
     return "\n".join(line(row) for row in rows)
+
+
+def short_number(value: float) -> str:
+    """``1,234``, ``12.3``, ``0.0012``: three digits or so, and ``0``."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"

@@ -17,18 +17,18 @@ vocabulary; t, x sizes of TP and ETP; e bytes of a number in the compute type (f
 | ... dense feed-forward: gate and up, silu(gate), their product | T 4 f e / t |
 | ... experts, with R = U k x rows: input, gate and up, silu, product, gated product | R (h + 5 f / x) e |
 | ... router and dispatcher: gates and indices | U (4 E + 40 k) |
-| ... frozen | without what a frozen matrix takes: shared U h e of a layer and of the last stage; experts R h e, R f e / x |
+| ... frozen: less what its matrices take | shared U h e, also on the last stage; experts R (h + f / x) e |
 | last stage: final norm, softmax over the vocabulary in fp32 | 2 U h e + 4 T V / t |
 | ... once, whatever is in flight: tables of the angles | 2 S d e a layer, S the sequence |
 | recompute full, uniform by c | U h e for c layers; and c layers whole, once |
-| recompute full, block of c | the same for each of the first c layers (which come last); the others are kept |
+| recompute full, block of c | the same for each of the first c layers, which come last; others whole |
 | recompute selective, core_attn | T (n + 2 g) d e / t before it, T n d e / t after, and queries where n > g |
 | recompute selective, mlp, moe, layernorm | nothing of it but its input; the largest of these once, whole |
 | pipeline, place p of P from 0 | the layers' part times min(m, P - p), m micro-batches a step |
 | ... interleaved, v chunks | of L / v layers, times min(m v, 2 (P - p - 1) + (v - 1) P + 1) |
 | working at the head: passing copies of logits | 8 T V; with TP 2 T V / t in bf16, 0 in fp32 |
-| working in a layer: gradients on their way | dense T 4 f e / t; experts in fp32, as the gates: 4 R h, and 16 R f / x of one |
-| working: outputs sent on, until they are back | U h e for each micro-batch in flight, but on the last stage |
+| working in a layer: its gradients | dense T 4 f e / t; experts, in fp32: 4 R h, and 16 R f / x of one |
+| working: outputs sent on, until they are back | U h e for each micro-batch in flight, not on the last |
 
 "working" is what lives beside what autograd keeps. Head and layers have their turns: the peak is in the one
 that comes to more, with what is kept or recomputed at that time.
@@ -42,9 +42,10 @@ things, is not measured.
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from btx_megatron.estimate_comm import Setup, dense_weights, expert_weights
+from btx_megatron.recipe import Layout
 
 _GRADIENT, _MOMENTS, _MASTER, _FLOAT = 4, 8, 4, 4
 _RECOMPUTED_BY_DEFAULT = ("core_attn",)
@@ -116,6 +117,17 @@ def trained_weights(setup: Setup, place: int) -> tuple[int, int]:
     parts = {"router": router, "shared": dense - router}
     trained = sum(size for part, size in parts.items() if part not in setup.freeze)
     return trained, 0 if "experts" in setup.freeze else experts
+
+
+def checkpoint_bytes(setup: Setup) -> tuple[int, int]:
+    """Bytes on disk of the weights alone, and of a training checkpoint with both moments.
+
+    bf16 and the distributed optimizer keep an fp32 copy of each trained weight there too.
+    """
+    whole = replace(setup, layout=Layout())
+    weights = setup.element * (sum(dense_weights(whole, 0)) + sum(expert_weights(whole, 0)))
+    copies = setup.bf16 or setup.layout.use_distributed_optimizer
+    return weights, weights + (_MOMENTS + _MASTER * copies) * sum(trained_weights(whole, 0))
 
 
 class _Activations:
@@ -238,10 +250,8 @@ class _Activations:
             number = 3 if "experts" in setup.freeze else 4
             return self.tokens * number * model.ffn_hidden_size * setup.element / self.tp
         rows, width = self._rows_of_experts(first_of_all)
-        if "experts" in setup.freeze:  # no gradient of a matrix needs what went into it
-            inside = 4 * width
-        else:
-            inside = model.hidden_size + 5 * width
+        # no gradient of a frozen matrix needs what went into it
+        inside = 4 * width if "experts" in setup.freeze else model.hidden_size + 5 * width
         dispatch = self.between * (4 * setup.num_experts + 40 * self._topk(first_of_all))
         return rows * inside * setup.element + dispatch
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from btx_megatron.columns import columns
 from btx_megatron.data.weights import source_tokens, stage_epochs
+from btx_megatron.errors import UserError
 from btx_megatron.estimate import recipe_parameter_counts, stage_tokens
 from btx_megatron.estimate_flops import flops_text, stage_flops
 from btx_megatron.evaluation.rows import all_rows, spent_on
+from btx_megatron.gpus import gpu_named
 from btx_megatron.launch.display import clock, how_far
+from btx_megatron.launch.sizes import MFU, check_sizes, sizes_text
 from btx_megatron.methods import has_moe
 from btx_megatron.pipeline import PipelineStage, stages_of
 from btx_megatron.recipe import Recipe
@@ -17,9 +20,18 @@ from btx_megatron.runtime.progress import read_progress
 from btx_megatron.runtime.stopwatch import read_duration
 
 
-def plan_text(recipe: Recipe) -> str:
-    """Stages in order with layout, ranks, steps and tokens; the models' parameters; epochs, once the data
-    is prepared."""
+def plan_text(recipe: Recipe, gpu: str = "H100", mfu: float = MFU, fit: float | None = None) -> str:
+    """Stages in order with layout, ranks, steps and tokens; the models' parameters; memory, checkpoints,
+    network and GPU-hours; epochs, once the data is prepared.
+
+    ``fit``: GB a GPU that each stage must fit; None: the memory of ``gpu``, unless the recipe is for the CPU.
+    Raises UserError where one does not, and where ``gpu`` or ``mfu`` make no sense.
+    """
+    kind = gpu_named(gpu)
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu {mfu:g}: a share, above 0 and at most 1")
+    if fit is not None or recipe.launch.device != "cpu":
+        check_sizes(recipe, kind.memory if fit is None else fit * 1e9)
     if recipe.imported_stages:
         from btx_megatron.mixing.pretrained import check_pretrained
 
@@ -35,7 +47,7 @@ def plan_text(recipe: Recipe) -> str:
         parameters += [["MoE, total", f"{counts.moe_total:,}"], ["MoE, active", f"{counts.moe_active:,}"]]
     title = f"{recipe.name}: {_models_text(recipe)}; run folder {recipe.run_folder}"
     tables = [columns(rows, right=(3, 4, 5, 6)), compute_text(recipe), columns(parameters, right=(1,))]
-    return "\n\n".join([title, *tables, *epochs_text(recipe)])
+    return "\n\n".join([title, *tables, sizes_text(recipe, kind, mfu), *epochs_text(recipe)])
 
 
 def _models_text(recipe: Recipe) -> str:

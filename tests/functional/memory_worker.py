@@ -74,7 +74,7 @@ CASES: dict[int, dict[str, Layout]] = {
         **{f"moe {name}": layout for name, layout in ONE.items()},
         "moe moe": replace(SELECTIVE, recompute_modules=["moe"]),
         "multihead core_attn": SELECTIVE,
-        **{f"{kind} 1": Layout() for kind in list(KINDS)[4:] + ["multihead", "shared-frozen"]},
+        **{f"{kind} 1": Layout() for kind in [*list(KINDS)[4:], "multihead", "shared-frozen"]},
     },
     2: {
         **{f"dense {name}": layout for name, layout in TWO.items()},
@@ -87,7 +87,11 @@ CASES: dict[int, dict[str, Layout]] = {
         "moe TP2+SP EP2 ETP1": replace(TP2_SP, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
     },
 }
-"""Ranks -> name (its first word the kind of model) -> layout; each runs in fp32 and bf16."""
+"""Ranks -> name (its first word the kind of model) -> layout."""
+
+
+SAVED = {1: ["dense 1", "experts-frozen 1"], 2: ["dense DP2+distributed", "moe EP2+distributed"]}
+"""Ranks -> cases whose checkpoint is written."""
 
 
 class Kept:
@@ -98,7 +102,7 @@ class Kept:
 
 
 class SavedBytes:
-    """Bytes of the storages that autograd keeps for the backward pass, each once, parameters not; the peak."""
+    """Bytes of the storages that autograd keeps for the backward pass, each once, without parameters."""
 
     def __init__(self, parameters: set[int]) -> None:
         self.parameters = parameters
@@ -220,6 +224,19 @@ def counted(setup: Setup) -> dict[str, int]:
     }
 
 
+def on_disk(setup: Setup, folder: Path) -> int:
+    """Bytes of a checkpoint after a step."""
+    from btx_megatron.training.checkpoint import TrainingState
+    from btx_megatron.training.saver import save
+
+    trainer = trainer_of(setup)
+    trainer.step(stream())
+    state = TrainingState(trainer.model, trainer.optimizer, trainer.scheduler, setup.layout)
+    path = save(folder, state, {}, keep=1)
+    dist.barrier()
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     ranks.start_ranks()
@@ -231,8 +248,17 @@ def main() -> None:
             of_all: list[Any] = [None] * world
             dist.all_gather_object(of_all, mine)
             result[f"{name}, {'bf16' if bf16 else 'fp32'}"] = of_all
+    checkpoints = {
+        f"{name}, {'bf16' if bf16 else 'fp32'}": on_disk(
+            setup_of_case(name, CASES[world][name], bf16), folder / f"{world}-{number}-{bf16}"
+        )
+        for number, name in enumerate(SAVED[world])
+        for bf16 in (False, True)
+    }
     if dist.get_rank() == 0:
-        (folder / f"memory-{world}.json").write_text(json.dumps(result, indent=1))
+        (folder / f"memory-{world}.json").write_text(
+            json.dumps(result | {"checkpoints": checkpoints}, indent=1)
+        )
     ranks.stop_ranks()
 
 

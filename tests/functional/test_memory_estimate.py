@@ -1,4 +1,4 @@
-"""The formulas for memory against what runs keep: weights, gradients, optimizer, what autograd saves, a step."""
+"""The formulas for memory against what runs keep: each part, a step's peak, and checkpoints on disk."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_worker import CASES, PRECISIONS, setup_of_case
+from memory_worker import CASES, PRECISIONS, SAVED, setup_of_case
 from torchrun import torchrun
 
-from btx_megatron.estimate_memory import fullest_rank, rank_memory
+from btx_megatron.estimate_memory import checkpoint_bytes, fullest_rank, rank_memory
 
 pytestmark = pytest.mark.timeout(600)  # half a minute on free cores
 
@@ -48,3 +48,11 @@ def test_formulas_against_the_count(
             step = computed.activations + computed.working
             assert step == pytest.approx(measured["step"], rel=0.1)
         assert fullest_rank(setup).total >= computed.total
+
+
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world in SAVED for name in SAVED[world]])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_checkpoints_on_disk(result: dict[int, dict[str, Any]], world: int, name: str, bf16: bool) -> None:
+    measured = result[world]["checkpoints"][f"{name}, {'bf16' if bf16 else 'fp32'}"]
+    _, computed = checkpoint_bytes(setup_of_case(name, CASES[world][name], bf16))
+    assert computed == pytest.approx(measured, abs=600_000)  # of 9 to 40 million; the rest is metadata
