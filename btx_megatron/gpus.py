@@ -42,4 +42,4 @@ def gpu_named(name: str) -> Gpu:
             tflops = known_peak_tflops(known)
             assert tflops is not None
             return Gpu(known, gigabytes * 1e9, tflops * 1e12)
-    raise UserError(f"--gpu '{name}': not known; one of {', '.join(_MEMORY_GB)}")
+    raise UserError(f"--gpu-type '{name}': not known; one of {', '.join(_MEMORY_GB)}")

@@ -93,7 +93,7 @@ def test_more_gpus_are_proposed_where_these_cannot_do() -> None:
 def test_what_no_layout_can_do_says_so() -> None:
     recipe = recipe_of()
     setup = setup_in(recipe, "expert:a")
-    with pytest.raises(UserError, match="no layout fits; lower training.micro_batch_size"):
+    with pytest.raises(UserError, match=r"no layout fits; lower training\.micro_batch_size"):
         check_fit(recipe, "stages.experts.a", setup, 1e6, 8)
     with pytest.raises(UserError, match="no layout fits on up to 64 times the GPUs; take larger ones"):
         check_fit(recipe, "stages.experts.a", replace(setup, micro_batch_size=1), 1e6, 8)
