@@ -34,6 +34,7 @@ from btx_megatron.recipe_file import RECIPE_FILE, parse_recipe, recipe_to_dict
 LOCKS = ".locks"
 
 _CLAIM = "recipe"  # the lock of those who read and write the recipe
+_CLAIM_PATIENCE_SECONDS = 120.0  # hundreds of experts may start at one moment
 _LOCK_PATIENCE_SECONDS = 1.0  # `btx status` holds the lock for a moment
 _FREE_KEYS = re.compile(
     r"run_folder|launch\..*|slurm\..*|export\..*|data\.(num_workers|loader)|(.*\.)?layout\..*"
@@ -81,7 +82,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._refuse_foreign_files()
             (self.path / LOCKS).mkdir(exist_ok=True)
-            with self._locked(_CLAIM, "another btx starts here at this moment; try again"):
+            refusal = "another btx starts here at this moment; try again"
+            with self._locked(_CLAIM, refusal, _CLAIM_PATIENCE_SECONDS):
                 self._claim(recipe)
         except OSError as error:
             raise UserError(
@@ -101,13 +103,14 @@ class RunFolder:
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
         write_durably(self.path / RECIPE_FILE, text)
 
-    def lock(self, stage: str) -> IO[str]:
+    def lock(self, stage: str, patience_seconds: float = _LOCK_PATIENCE_SECONDS) -> IO[str]:
         """Keep every other ``btx`` from a stage until the file that is returned is closed.
 
         The kernel lets go of it when the process ends, however it ends. Raises UserError if another
-        ``btx`` works on the stage.
+        ``btx`` works on the stage, and still does after ``patience_seconds``.
         """
-        return self._locked(stage, "another btx works on it; wait for it, or give another run_folder")
+        refusal = "another btx works on it; wait for it, or give another run_folder"
+        return self._locked(stage, refusal, patience_seconds)
 
     def is_locked(self, stage: str) -> bool:
         """True while a ``btx`` works on the stage."""
@@ -117,9 +120,9 @@ class RunFolder:
         except FileNotFoundError:
             return False
 
-    def _locked(self, name: str, refusal: str) -> IO[str]:
+    def _locked(self, name: str, refusal: str, patience_seconds: float) -> IO[str]:
         file = (self.path / LOCKS / name).open("a")
-        deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
+        deadline = time.monotonic() + patience_seconds
         while not _try_lock(file, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 file.close()

@@ -34,6 +34,8 @@ class Allocation(Machine):
     address: str = "127.0.0.1"
     """Of the first node, as the others reach it."""
     srun_options: tuple[str, ...] = ()
+    lock_patience_seconds: float = 600.0
+    """A file system lets go of a dead node's lock minutes after the job is somewhere else."""
 
     def environment(self, gpus: tuple[str, ...]) -> dict[str, str]:
         """Nothing: what the batch script has set reaches the ranks."""

@@ -152,7 +152,7 @@ class _LocalRun:
         for stage in chosen:
             self.waiting.remove(stage)
             try:
-                self.locks[stage.name] = self.run.lock(stage.name)
+                self.locks[stage.name] = self.run.lock(stage.name, self.machine.lock_patience_seconds)
                 if self.run.manifest(stage.name) and stage.name not in self.made_anew:
                     self.display.say(f"{stage.name}: finished by another btx")
                     self._unlock(stage.name)

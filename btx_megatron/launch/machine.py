@@ -28,6 +28,8 @@ class Machine:
     cores: int
     gpus: tuple[str, ...] = ()
     """As CUDA_VISIBLE_DEVICES names them."""
+    lock_patience_seconds: float = 1.0
+    """How long a stage's lock is waited for."""
 
     def gpus_of(self, stage: PipelineStage) -> int:
         """GPUs that a stage needs: one a rank where models run, none for work on files."""
