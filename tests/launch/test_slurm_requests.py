@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from btx_megatron.errors import UserError
-from btx_megatron.launch.queue import JobState, _from_squeue
+from btx_megatron.launch.queue import JobState, _from_squeue, job_states
 from btx_megatron.launch.sbatch import JobRequest, job_request
 from btx_megatron.launch.submit import environment_text, submit
 from btx_megatron.pipeline import stages_of
@@ -143,3 +144,15 @@ def test_squeue_of_old_and_new_versions(job: dict[str, Any]) -> None:
     assert _from_squeue({"jobs": [job]}) == [(7, JobState("PENDING", "Dependency", 2, ""))]
     assert JobState("PENDING").alive
     assert not JobState("CANCELLED").alive
+
+
+def test_jobs_that_squeue_has_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sacct is asked where there is one; where there is none, nothing is known of them."""
+    programs = {"squeue": "echo '{\"jobs\": []}'", "sacct": "printf '7|COMPLETED|n1\\n8|CANCELLED by 0|\\n'"}
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert job_states([7, 8]) == {7: JobState("COMPLETED", nodes="n1"), 8: JobState("CANCELLED")}
+    (tmp_path / "sacct").write_text("#!/bin/sh\necho Slurm accounting storage is disabled >&2; exit 1\n")
+    assert job_states([7, 8]) == {}

@@ -141,11 +141,21 @@ def test_the_whole_graph(whole: Run) -> None:
     states = {name: job["job_state"] for name, job in whole.cluster.jobs().items()}
     assert set(states.values()) == {"COMPLETED"}
     assert whole.job("expert:json")["node_count"] == 2
+    assert in_order(whole)
     status = whole.btx("status", str(whole.path))
     assert "3 COMPLETED" in status
     assert "nothing to submit" in whole.submit()
     log = (whole.path / "slurm" / "logs" / "expert-json.log").read_text()
     assert "on n[" in log
+
+
+def in_order(run: Run) -> bool:
+    """Whether each job began when all that it waited for had ended, as the simulation takes for granted."""
+    jobs = {job["job_id"]: job for job in run.cluster.jobs().values()}
+    told = json.loads((run.path / "slurm" / "jobs.json").read_text()).values()
+    return all(
+        jobs[job["id"]]["start_time"] >= jobs[other]["end_time"] for job in told for other in job["after"]
+    )
 
 
 def disturbed(cluster: Cluster, folder: Path) -> Run:
@@ -177,7 +187,9 @@ def test_a_time_limit_saves_and_goes_on(cluster: Cluster, whole: Run, tmp_path: 
     told = run.submit()
     assert "expert:json" not in told
     assert all(f"{stage}: job " in told for stage in ("expert:mail", "mix", "finetune", "report"))
-    run.wait("report", "COMPLETED", seconds=400)
+    run.wait("export", "COMPLETED", seconds=400)
+    assert in_order(run)
+    assert run.job("expert:json")["end_time"] < run.job("expert:mail")["start_time"]  # it waited for nobody
     assert run.losses("expert:mail") == whole.losses("expert:mail")
     assert run.losses("finetune") == whole.losses("finetune")
 
