@@ -107,6 +107,35 @@ def test_plan_of_the_quickstart(btx) -> None:  # type: ignore[no-untyped-def]
     assert btx("plan", QUICKSTART, "model.num_layers=8")[1] != out
 
 
+def test_plan_tells_memory_disk_network_and_time(btx) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = btx("plan", QUICKSTART, "--mfu", "0.5", "--gpu", "a100")
+    assert code == 0
+    memory, rest = (text.splitlines() for text in out.split("\n\n")[4:6])
+    assert memory[0].split() == [
+        *("memory", "of", "the", "fullest", "rank,", "GB"),
+        *("weights", "gradients", "optimizer", "activations", "working", "sum"),
+    ]
+    stages = ["seed", "expert:prose", "expert:code", "expert:math", "finetune", "dense"]
+    assert [line.split()[0] for line in memory[1:-1]] == stages == [line.split()[0] for line in rest[1:-1]]
+    for line in memory[1:-1]:
+        *parts, total = map(float, line.split()[1:])
+        assert sum(parts) == pytest.approx(total, rel=0.1)
+    hours = stage_flops(load_recipe(QUICKSTART), "seed") / (0.5 * 312e12) / 3600
+    assert float(rest[1].split()[-1]) == pytest.approx(hours, rel=0.05)
+    assert "A100 at an MFU of 0.5" in rest[-1]
+
+
+def test_plan_refuses_what_cannot_fit(btx) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = btx("plan", QUICKSTART, "--fit", "0.08")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "stages.seed.layout DP2 needs 0.12 GB a GPU (weights 0.0073, " in err
+    assert "and there are 0.08; these fit: " in err
+    large = ("model.hidden_size=16384", "model.ffn_hidden_size=65536", "model.num_layers=64")
+    assert "and there are 80.0; " in btx("plan", QUICKSTART, *large)[2]
+    assert btx("plan", QUICKSTART, *large, "launch.device=cpu")[0] == 0  # nobody said what memory there is
+    assert btx("plan", QUICKSTART, *large, "--fit", "1e5")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -126,6 +155,8 @@ def test_plan_of_the_quickstart(btx) -> None:  # type: ignore[no-untyped-def]
         (["status", "nowhere"], "nowhere: no such run folder or recipe"),
         (["status", str(ROOT / "examples")], "not a run folder, it has no recipe.yaml"),
         (["report", str(ROOT / "examples")], "not a run folder, it has no recipe.yaml"),
+        (["plan", QUICKSTART, "--mfu", "40"], "--mfu 40: a share, above 0 and at most 1"),
+        (["plan", QUICKSTART, "--gpu", "v100"], "--gpu 'v100': not known; one of A100, H100"),
         (["plan", QUICKSTART, "tokenizer.tokenizer_model=nowhere"], "missing, or not a SentencePiece model"),
     ],
 )

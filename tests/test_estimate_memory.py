@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from btx_megatron.errors import UserError
 from btx_megatron.estimate import parameter_counts
 from btx_megatron.estimate_comm import Setup
 from btx_megatron.estimate_memory import (
@@ -133,8 +134,6 @@ def test_checkpoints() -> None:
 
 
 def test_gpus() -> None:
-    from btx_megatron.errors import UserError
-
     h100 = gpu_named("h100")
     assert (h100.name, h100.memory, h100.flops) == ("H100", 80e9, 989e12)
     with pytest.raises(UserError, match="one of A100, H100"):
