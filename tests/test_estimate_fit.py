@@ -108,3 +108,11 @@ def test_least_recomputation_first() -> None:
     tight = fullest_rank(replace(setup, layout=full)).total
     one = [layout for layout in fitting_layouts(recipe, setup, tight, 8) if layout.world_size == 1]
     assert [layout_text(layout) for layout in one] == ["1 rank, recompute full"]
+
+
+def test_nodes_of_a_stage_are_its_own() -> None:
+    from btx_megatron.launch.sizes import setups_of
+
+    slurm = {"gpus_per_node": 4, "stages": {"expert": {"gpus_per_node": 2}}}
+    nodes = {stage: node for stage, (_, node) in setups_of(recipe_of(slurm=slurm)).items()}
+    assert (nodes["expert:a"], nodes["finetune"]) == (2, 4)

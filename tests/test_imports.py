@@ -24,7 +24,7 @@ FLOORS = [
     {"recipe_file"},
     {"recipe_grow"},
     {"manifest"},
-    {"recipe_checks"},
+    {"estimate_fit", "recipe_checks"},
     {
         "recipe_ensemble_checks",
         "recipe_grow_checks",
@@ -35,7 +35,7 @@ FLOORS = [
         "recipe_slurm_checks",
     },
     {"matching"},
-    {"estimate_comm", "estimate_flops"},
+    {"estimate_comm", "estimate_flops", "estimate_memory", "gpus"},
     {"estimate", "expert_masks"},
     {"methods"},
     {"recipe"},

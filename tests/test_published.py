@@ -73,8 +73,8 @@ def test_gpu_days_of_the_paper() -> None:
     """Branch-Train-MiX, table of compute: BTX 926.1 GPU-days for 533B tokens, of which 80B and 23 % of the
     days are the MoE stage; sparse upcycling (compute-matched) 1007.1 GPU-days for 252B.
 
-    What kind of GPU is not said. An A100 could not have done BTX (it would run at its peak), so both are H100s
-    if they are one kind; then the same top-2 model trains at 30 % in one row and at 20 % in the other.
+    What kind of GPU is not said. An A100 could not have done BTX (it would run at its peak), so both are
+    H100s if they are one kind; then the same top-2 model trains at 30 % in one row and at 20 % in the other.
     """
     dense = forward_flops(LLAMA_2_7B, 32_000).training()
     moe = forward_flops(LLAMA_2_7B, 32_000, 4, 2).training()

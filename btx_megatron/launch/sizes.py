@@ -9,7 +9,8 @@ from btx_megatron.estimate_fit import check_fit
 from btx_megatron.estimate_flops import stage_flops
 from btx_megatron.estimate_memory import checkpoint_bytes, fullest_rank
 from btx_megatron.gpus import Gpu
-from btx_megatron.methods import training_stages
+from btx_megatron.launch.sbatch import asked_for
+from btx_megatron.pipeline import stages_of
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_checks import stage_key
 
@@ -19,17 +20,21 @@ MFU = 0.4
 
 def sizes_text(recipe: Recipe, gpu: Gpu, mfu: float) -> str:
     """A table of memory a rank, and one of checkpoints, bytes on the wire and GPU-hours."""
-    setups = setups_of(recipe)
     memory = [["memory of the fullest rank, GB", *_PARTS, "sum"]]
     rest = [["disk, network, time", "weights", "with optimizer", "inside", "between nodes", "GPU-hours"]]
-    for stage, setup in setups.items():
+    known: dict[str, list[str]] = {}  # experts are mostly alike, and traffic over many ranks takes a while
+    for stage, (setup, node) in setups_of(recipe).items():
         memory.append([stage, *_memory_row(setup)])
-        rest.append([stage, *_rest_row(recipe, stage, setup, gpu, mfu)])
+        same = repr((setup, node))
+        if same not in known:
+            known[same] = _disk_and_network(setup, node)
+        hours = stage_flops(recipe, stage) / (gpu.flops * mfu) / 3600
+        rest.append([stage, *known[same], short_number(hours)])
     tables = [columns(table, right=range(1, len(table[0]))) for table in (memory, rest)]
     notes = [
         "memory: local build, even routes; collectives' buffers, fragments and the CUDA context come on top",
-        f"weights, with optimizer: a checkpoint, GB; inside, between nodes of {ranks_per_node(recipe)} "
-        f"ranks: KB a token on the wire; GPU-hours: {gpu.name} at an MFU of {mfu:g}, nothing but training",
+        "weights, with optimizer: a checkpoint, GB; inside, between nodes: KB a token on the wire; "
+        f"GPU-hours: {gpu.name} at an MFU of {mfu:g}, nothing but training",
     ]
     return f"{tables[0]}\n{notes[0]}\n\n{tables[1]}\n{notes[1]}"
 
@@ -37,22 +42,23 @@ def sizes_text(recipe: Recipe, gpu: Gpu, mfu: float) -> str:
 _PARTS = ("weights", "gradients", "optimizer", "activations", "working")
 
 
-def setups_of(recipe: Recipe) -> dict[str, Setup]:
-    """What memory and traffic of each stage that trains depend on."""
+def setups_of(recipe: Recipe) -> dict[str, tuple[Setup, int]]:
+    """What memory and traffic of each stage that trains depend on, and the ranks of one of its nodes."""
     rows = padded_vocab_size(vocab_size(recipe), recipe.model.make_vocab_size_divisible_by)
-    trained = [name for name in training_stages(recipe) if name not in recipe.imported_stages]
-    return {name: setup_of(recipe, recipe.stage(name), rows, recipe.num_experts(name)) for name in trained}
+    trained = [stage for stage in stages_of(recipe) if stage.task == "train"]
+    return {
+        stage.name: (
+            setup_of(recipe, recipe.stage(stage.name), rows, recipe.num_experts(stage.name)),
+            asked_for(recipe, stage).gpus_per_node or stage.ranks,
+        )
+        for stage in trained
+    }
 
 
 def check_sizes(recipe: Recipe, memory: float) -> None:
     """Raises UserError, with layouts that fit, where a stage needs more than ``memory`` bytes a GPU."""
-    for stage, setup in setups_of(recipe).items():
-        check_fit(recipe, stage_key(stage), setup, memory, ranks_per_node(recipe))
-
-
-def ranks_per_node(recipe: Recipe) -> int:
-    """Ranks of a node of the recipe's cluster."""
-    return recipe.slurm.gpus_per_node or 1
+    for stage, (setup, node) in setups_of(recipe).items():
+        check_fit(recipe, stage_key(stage), setup, memory, node)
 
 
 def _memory_row(setup: Setup) -> list[str]:
@@ -60,8 +66,8 @@ def _memory_row(setup: Setup) -> list[str]:
     return [short_number(getattr(memory, part) / 1e9) for part in _PARTS] + [short_number(memory.total / 1e9)]
 
 
-def _rest_row(recipe: Recipe, stage: str, setup: Setup, gpu: Gpu, mfu: float) -> list[str]:
+def _disk_and_network(setup: Setup, ranks_per_node: int) -> list[str]:
     sizes = [short_number(size / 1e9) for size in checkpoint_bytes(setup)]
-    traffic = step_traffic(setup, ranks_per_node(recipe)).total()
+    traffic = step_traffic(setup, ranks_per_node).total()
     wire = [short_number(amount / setup.tokens / 1e3) for amount in (traffic.inside, traffic.between)]
-    return [*sizes, *wire, short_number(stage_flops(recipe, stage) / (gpu.flops * mfu) / 3600)]
+    return sizes + wire

@@ -55,4 +55,4 @@ def test_formulas_against_the_count(
 def test_checkpoints_on_disk(result: dict[int, dict[str, Any]], world: int, name: str, bf16: bool) -> None:
     measured = result[world]["checkpoints"][f"{name}, {'bf16' if bf16 else 'fp32'}"]
     _, computed = checkpoint_bytes(setup_of_case(name, CASES[world][name], bf16))
-    assert computed == pytest.approx(measured, abs=600_000)  # of 9 to 40 million; the rest is metadata
+    assert computed == pytest.approx(measured, abs=800_000)  # of 9 to 40 million; the rest is metadata
