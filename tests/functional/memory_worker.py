@@ -49,6 +49,8 @@ KINDS: dict[str, tuple[dict[str, Any], Moe | None, list[str]]] = {
     "experts-frozen": ({}, Moe(), ["experts"]),
     "router-frozen": ({}, Moe(), ["router"]),
     "sampled": ({}, Moe(moe_router_type="sample_top1"), []),
+    "switch": ({}, Moe(moe_router_type="switch"), []),
+    "gathered": ({}, Moe(moe_token_dispatcher_type="allgather"), []),
     "soft": ({}, Moe(moe_router_type="soft"), []),
 }
 """Name -> what is other in the model, its mixture, what is frozen."""
@@ -80,6 +82,8 @@ CASES: dict[int, dict[str, Layout]] = {
         **{f"dense {name}": layout for name, layout in TWO.items()},
         "dense PP2 first 3": replace(PP2, decoder_first_pipeline_num_layers=3),
         "experts-frozen EP2+distributed": replace(EP2, use_distributed_optimizer=True),
+        "gathered EP2": EP2,
+        "gathered TP2+SP": TP2_SP,
         "dense TP2": Layout(tensor_model_parallel_size=2),
         **{f"moe {name}": layout for name, layout in TWO.items() if name.startswith(("TP", "PP"))},
         "moe EP2": EP2,
