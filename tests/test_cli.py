@@ -108,7 +108,7 @@ def test_plan_of_the_quickstart(btx) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_plan_tells_memory_disk_network_and_time(btx) -> None:  # type: ignore[no-untyped-def]
-    code, out, _ = btx("plan", QUICKSTART, "--mfu", "0.5", "--gpu", "a100")
+    code, out, _ = btx("plan", QUICKSTART, "--mfu", "0.5", "--gpu-type", "a100")
     assert code == 0
     memory, rest = (text.splitlines() for text in out.split("\n\n")[4:6])
     assert memory[0].split() == [
@@ -156,7 +156,7 @@ def test_plan_refuses_what_cannot_fit(btx) -> None:  # type: ignore[no-untyped-d
         (["status", str(ROOT / "examples")], "not a run folder, it has no recipe.yaml"),
         (["report", str(ROOT / "examples")], "not a run folder, it has no recipe.yaml"),
         (["plan", QUICKSTART, "--mfu", "40"], "--mfu 40: a share, above 0 and at most 1"),
-        (["plan", QUICKSTART, "--gpu", "v100"], "--gpu 'v100': not known; one of A100, H100"),
+        (["plan", QUICKSTART, "--gpu-type", "v100"], "--gpu-type 'v100': not known; one of A100, H100"),
         (["plan", QUICKSTART, "tokenizer.tokenizer_model=nowhere"], "missing, or not a SentencePiece model"),
     ],
 )

@@ -82,8 +82,9 @@ def shared_tokenizer(sources: Mapping[str, Source], hint: bool) -> ResultTokeniz
             if digest != expected:
                 union = hint and file == JSON and _can_be_united(of_first, found)
                 ways = "; they differ in added tokens alone: keep them all with --tokenizer union"
+                whose = f"the {first[1:-1]}" if first.startswith("(") else f"expert {first}"
                 raise UserError(
-                    f"{found.folder / file}: another tokenizer than expert {first}'s; experts must share one "
+                    f"{found.folder / file}: another tokenizer than {whose}'s; experts must share one "
                     f"tokenizer{ways if union else ''}"
                 )
     if of_run is None:

@@ -210,7 +210,7 @@ def test_the_manifest_says_whose_rows_are_whose_and_a_union_grows(
     mix({**experts, "law": third}, Output(tmp_path / "at once"), UNION)
     assert hash_tensors(tmp_path / "grown") == hash_tensors(tmp_path / "at once")
     assert AutoTokenizer.from_pretrained(tmp_path / "grown").convert_tokens_to_ids("<|law|>") == common + 4
-    with pytest.raises(UserError, match=r"another tokenizer than expert mixture's") as caught:
+    with pytest.raises(UserError, match=r"another tokenizer than the mixture's") as caught:
         grow(tmp_path / "moe", "law", third, Output(tmp_path / "no"), share=0.5, options=UNION)
     assert "--tokenizer" not in str(caught.value)
 
