@@ -80,14 +80,15 @@ class Ensembles:
         recipe = self._job.recipe
         rows: dict[str, dict[str, float]] = {row: {} for row in ensemble_rows(recipe)}
         similar = _Similarity(self._job) if "btm:top-1" in rows else None
+        clusters = _Clusters(self._job) if recipe.method == "cbtm" else None
         for domain in recipe.domain_names:
             log_p_EWS, tokens_WS, mask_WS = self._of("held out", domain)
             weights: dict[str, Any] = {}
             if similar:
                 weights |= similar.weights(tokens_WS, mask_WS)
                 weights |= self._posteriors(domain, log_p_EWS, mask_WS)
-            if recipe.method == "cbtm":
-                weights |= self._by_cluster(tokens_WS, mask_WS)
+            if clusters:
+                weights |= clusters.weights(tokens_WS, mask_WS)
             if recipe.method == "timoe":
                 weights |= self._by_time(domain, log_p_EWS, mask_WS)
             for row, log_w_EWS in weights.items():
@@ -115,16 +116,6 @@ class Ensembles:
             "btm:cached": posterior_weights(log_p_EWS, mask_WS, prior=prior),
             "btm:updating": posterior_weights(log_p_EWS, mask_WS, prior="updating"),
         }
-
-    def _by_cluster(self, tokens_WS: NDArray[np.int64], mask_WS: Floats) -> dict[str, Floats]:
-        """What came before is where the text is among the clusters."""
-        clusters = load_clusters(self._job.run_folder / stage_folder("cluster"))
-        contexts = contexts_of(
-            tokens_WS, mask_WS, open_tokenizer(tokenizer_path(self._job.data_folder)).decode
-        )
-        temperature = self._job.recipe.clusters.temperature
-        kept = zip(CBTM_ROWS, (1, 2, None), strict=True)
-        return {row: cluster_weights(clusters, contexts, top_k, temperature) for row, top_k in kept}
 
     def _by_time(self, domain: str, log_p_EWS: Floats, mask_WS: Floats) -> dict[str, Floats]:
         """Held-out text of a domain is asked at its end: the experts of later text do not answer."""
@@ -174,3 +165,18 @@ class _Similarity:
         """Of top-1 and top-2."""
         contexts = contexts_of(tokens_WS, mask_WS, self._decode)
         return {f"btm:top-{k}": similarity_weights(self._texts, contexts, k) for k in (1, 2)}
+
+
+class _Clusters:
+    """Where a context lies among the clusters that the experts were trained on."""
+
+    def __init__(self, job: Job) -> None:
+        self._decode = open_tokenizer(tokenizer_path(job.data_folder)).decode
+        self._clusters = load_clusters(job.run_folder / stage_folder("cluster"))
+        self._temperature = job.recipe.clusters.temperature
+
+    def weights(self, tokens_WS: NDArray[np.int64], mask_WS: Floats) -> dict[str, Floats]:
+        """Of the nearest, the two nearest, and all."""
+        contexts = contexts_of(tokens_WS, mask_WS, self._decode)
+        kept = zip(CBTM_ROWS, (1, 2, None), strict=True)
+        return {row: cluster_weights(self._clusters, contexts, k, self._temperature) for row, k in kept}

@@ -109,7 +109,7 @@ def test_time_slices(tmp_path: Path) -> None:
 
 
 def test_domains_that_nobody_named(tmp_path: Path) -> None:
-    """Clusters, an expert of each; their mixtures are as good as the weights say, counted by hand."""
+    """Clusters, an expert of each, and mixtures of these."""
     from btx_megatron.ensembles.cluster_documents import load_found
 
     summary, evaluation = run(
