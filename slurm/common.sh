@@ -3,11 +3,11 @@
 # btx runs on the job's first node and starts the ranks with srun, one torchrun a node. Slurm's USR1, some minutes
 # before the time limit (--signal=B:USR1@N), makes it save and end with 75; then the job goes back into the queue and
 # goes on from there. A job that a node's failure puts back (--requeue) goes on from the last checkpoint, too.
-set -uo pipefail
 export BTX_RUN=$1 BTX_STAGE=$2 BTX_SLURM_JOB=1
 
 # modules, virtual environment, variables: written by btx submit from the recipe's slurm section
 source "$BTX_RUN/slurm/scripts/environment.sh"
+set -uo pipefail # only now: what activates an environment seldom bears it
 
 # NCCL's flight recorder says who was missing when a collective times out
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}

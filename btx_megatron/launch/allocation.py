@@ -74,9 +74,8 @@ def this_allocation(recipe: Recipe) -> Allocation | None:
     if IN_A_JOB not in os.environ:
         return None
     nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
-    cpus = int(os.environ.get("SLURM_CPUS_PER_TASK", os.environ.get("SLURM_CPUS_ON_NODE", "1")))
     return Allocation(
-        cores=cpus * nodes,
+        cores=_cpus_of_a_node() * nodes,
         nodes=nodes,
         job_id=int(os.environ["SLURM_JOB_ID"]),
         address=_first_address(),
@@ -84,10 +83,13 @@ def this_allocation(recipe: Recipe) -> Allocation | None:
     )
 
 
+def _cpus_of_a_node() -> int:
+    return int(os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE", "1"))
+
+
 def _srun_options(recipe: Recipe) -> list[str]:
-    options = []
-    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
-        options.append(f"--cpus-per-task={cpus}")  # since Slurm 22.05 srun does not take it from sbatch
+    # srun does not take it from sbatch since Slurm 22.05, and might bind all ranks of a node to one core
+    options = [f"--cpus-per-task={_cpus_of_a_node()}"]
     if recipe.slurm.container_image:
         options.append(f"--container-image={recipe.slurm.container_image}")
     if recipe.slurm.container_mounts:

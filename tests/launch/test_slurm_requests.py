@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from btx_megatron.errors import UserError
+from btx_megatron.launch.allocation import this_allocation
 from btx_megatron.launch.queue import JobState, _from_squeue, job_states
 from btx_megatron.launch.sbatch import JobRequest, job_request
 from btx_megatron.launch.submit import environment_text, submit
@@ -156,3 +157,32 @@ def test_jobs_that_squeue_has_forgotten(tmp_path: Path, monkeypatch: pytest.Monk
     assert job_states([7, 8]) == {7: JobState("COMPLETED", nodes="n1"), 8: JobState("CANCELLED")}
     (tmp_path / "sacct").write_text("#!/bin/sh\necho Slurm accounting storage is disabled >&2; exit 1\n")
     assert job_states([7, 8]) == {}
+
+
+def test_ranks_of_a_job_on_two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One task a node, a torchrun in it; the first node's address and a port of the job's own."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho NodeName=$4 Arch=x NodeAddr=10.0.0.7 Version=22\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    recipe = recipe_of({"container_image": "/i.sqsh", "container_mounts": ["/a:/a", "/b:/b"]})
+    monkeypatch.delenv("BTX_SLURM_JOB", raising=False)
+    assert this_allocation(recipe) is None
+    told = {"JOB_NUM_NODES": "2", "JOB_ID": "31234", "CPUS_ON_NODE": "96"}
+    for name, value in told.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURMD_NODENAME", "n5")
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setenv("BTX_SLURM_JOB", "1")
+    monkeypatch.setenv("BTX_PYTHON", "/env of/python")
+    allocation = this_allocation(recipe)
+    assert allocation is not None
+    assert (allocation.cores, allocation.environment(())) == (192, {})
+    stages = {stage.name: stage for stage in stages_of(recipe)}
+    *srun, line = allocation.command(stages["expert:a"], Path("/run/job.json"))
+    assert srun[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
+    assert {"--cpus-per-task=96", "--container-image=/i.sqsh", "--container-mounts=/a:/a,/b:/b"} <= set(srun)
+    assert "exec '/env of/python' -m torch.distributed.run --nnodes=2 --node-rank=$SLURM_NODEID" in line
+    assert "--nproc-per-node=8 --master-addr=10.0.0.7 --master-port=21234 " in line
+    *srun, line = allocation.command(stages["mix"], Path("/run/job.json"))
+    assert "--nodes=1" in srun
+    assert line.endswith("exec '/env of/python' -m btx_megatron.launch.worker /run/job.json")

@@ -57,7 +57,8 @@ RECIPE: dict[str, Any] = {
         "gpus_per_node": 1,  # two ranks are two nodes
         "partition": "gpu",
         "time": "00:30:00",
-        "cpu": {"partition": "cpu"},
+        "cpu": {"partition": "cpu", "cpus_per_node": 2},
+        "setup": ['echo "an unset variable: $NOBODY_HAS_SET_THIS"'],
         "environment": {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     },
 }
