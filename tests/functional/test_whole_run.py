@@ -190,7 +190,7 @@ def test_the_recipe_lies_in_every_checkpoint(whole: Path) -> None:
 def test_damaged_weights_are_refused_before_they_are_trained_on(whole: Path, recipe: Path) -> None:
     run = recipe.parent / "damaged"
     shutil.copytree(whole, run)
-    for stage in ("finetune", "evaluate", "report"):
+    for stage in ("finetune", "evaluate", "export", "report"):
         shutil.rmtree(run / stage)
     file = find_checkpoint(run / "mix") / "__0_0.distcp"
     content = bytearray(file.read_bytes())
