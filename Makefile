@@ -31,6 +31,7 @@ check: $(venv)/.installed-dev ## lint, format and types, changing nothing
 	@$(venv)/bin/ruff check
 	@$(venv)/bin/ruff format --check
 	@$(venv)/bin/mypy
+	@$(venv)/bin/shellcheck --exclude=SC1091 .ci/run slurm/common.sh slurm/*.sbatch tools/*.sh
 
 format: $(venv)/.installed-dev ## mend what ruff can mend
 	@$(venv)/bin/ruff check --fix

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by every script here. Arguments of a script: the run folder, and the stage that the job works on.
 #
 # btx runs on the job's first node and starts the ranks with srun, one torchrun a node. Slurm's USR1, some minutes

@@ -41,6 +41,9 @@ class Allocation(Machine):
         """Nothing: what the batch script has set reaches the ranks."""
         return {}
 
+    def check_accelerator(self, recipe: Recipe, stages: list[PipelineStage]) -> None:
+        """Nothing: ranks may have a container of their own, and look for themselves."""
+
     def command(self, stage: PipelineStage, job_file: Path) -> list[str]:
         """Program and arguments that run a stage on the nodes."""
         of_models = stage.task in ("train", "evaluate")
@@ -62,6 +65,8 @@ class Allocation(Machine):
             f"--ntasks={nodes}",
             "--ntasks-per-node=1",
             "--kill-on-bad-exit=1",
+            # Slurm may hold cores for a step of a start that a node's death ended; ours is the only step
+            "--overlap",
             *self.srun_options,
             "bash",
             "-c",

@@ -52,7 +52,8 @@ def job_request(recipe: Recipe, stage: PipelineStage, logs: Path) -> JobRequest:
         f"--signal=B:USR1@{recipe.slurm.signal_seconds}",
         "--requeue",
         "--open-mode=append",
-        f"--output={logs / stage.name.replace(':', '-')}.log",
+        # Slurm fills in what follows a single %
+        f"--output={logs / stage.name.replace(':', '-')}.log".replace("%", "%%"),
         *asked.options,
     )
     return JobRequest(stage.name, _script(stage), nodes, ranks, options, stage.inputs)

@@ -66,11 +66,12 @@ class Cluster:
         self._waiting = list(jobs)
         self._free_nodes = nodes
         self._spares = Spares(assumptions.spare_nodes, assumptions.node_repair_hours)
-        self._running = {
+        self.running = {
             # By place and not by name: jobs alike have the same luck, whatever they are called.
             job.name: RunningJob(job, assumptions, random.Random(f"{seed} {place}"))
             for place, job in enumerate(jobs)
         }
+        """By name, and how far each is."""
         self._events: list[tuple[float, str, bool]] = []
         """Hour, job, and whether it ends there; else it fails."""
         self._begins: dict[str, float] = {}
@@ -105,18 +106,18 @@ class Cluster:
                 heapq.heappush(self._events, (now + job.hours, job.name, True))
 
     def _try(self, name: str, start: float) -> None:
-        hours, ends = self._running[name].attempt()
+        hours, ends = self.running[name].attempt()
         heapq.heappush(self._events, (start + hours, name, ends))
 
     def _fail(self, name: str, now: float) -> None:
-        running = self._running[name]
+        running = self.running[name]
         running.fail()
         start = self._spares.replace(now) + self._assumptions.queue_hours
         running.spent.down += start - now
         self._try(name, start)
 
     def _end(self, name: str, now: float) -> None:
-        running = self._running[name]
+        running = self.running[name]
         self._free_nodes += running.job.nodes
         self.records[name] = JobRecord(running.job, self._begins[name], now, running.failures, running.spent)
 

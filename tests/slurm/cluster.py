@@ -104,11 +104,17 @@ class Cluster:
 
     def start(self) -> None:
         """Come up, all nodes idle."""
-        self._start("slurmctld", "-D", "-i")
-        _wait(lambda: _answers(self._port), "slurmctld")
+        self._start_controller("-i")
         for name in NODES:
             self.start_node(name)
         _wait(lambda: set(self.node_states().values()) == {"idle"}, "nodes")
+
+    def restart_controller(self) -> None:
+        """The controller ends, as for an upgrade, and a new one takes up its state; jobs run on."""
+        controller = self._daemons.pop("slurmctld")
+        controller.terminate()
+        controller.wait(30)
+        self._start_controller()
 
     def start_node(self, name: str) -> None:
         """A node's daemon."""
@@ -148,6 +154,10 @@ class Cluster:
         """Jobs by name, the last one of each."""
         told = json.loads(self.run("squeue", "--json", "--states=all"))["jobs"]
         return {job["name"]: job for job in sorted(told, key=lambda job: job["job_id"])}
+
+    def _start_controller(self, *options: str) -> None:
+        self._start("slurmctld", "-D", *options)
+        _wait(lambda: _answers(self._port), "slurmctld")
 
     def _start(self, name: str, *arguments: str) -> None:
         program = "slurmctld" if name == "slurmctld" else "slurmd"
