@@ -124,6 +124,9 @@ class Moe:
     """Precision of the router's logits and softmax."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens travel to the ranks of their experts."""
+    moe_grouped_gemm: bool | None = None
+    """True: one grouped matrix product for all experts of a rank, which Transformer Engine has; false: one
+    expert after the other. Null: grouped where the build can."""
 
     def topk(self, experts: int) -> int:
         """Experts a token takes, of so many; of ``sample_top1`` in all layers but the first."""
@@ -211,6 +214,10 @@ class Launch:
 
     device: Literal["auto", "cpu"] = "auto"
     """auto: one GPU a rank where this machine has GPUs, else CPU cores. cpu: CPU cores in any case."""
+    transformer_impl: Literal["local", "transformer_engine"] | None = None
+    """What layers are built from: Megatron's own modules, or Transformer Engine's, which need a GPU and have
+    FP8 and grouped matrix products. Checkpoints are the same. Null: transformer_engine where it is
+    installed, ranks run on GPUs and compute in bf16; else local."""
     max_parallel_experts: int = 0
     """Experts trained side by side; 0: as many as the cores (or GPUs) allow."""
     threads_per_rank: int = 0

@@ -17,6 +17,7 @@ from btx_megatron.matching import matched_train_iters, reference_stages, unresol
 from btx_megatron.methods import has_moe, main_stage, stage_names, training_stages
 from btx_megatron.recipe import GROWN_FROM, MATCHED_STAGES, SEED, Data, Model, Recipe, Source, Stage, Training
 from btx_megatron.recipe_ensemble_checks import ensemble_problems
+from btx_megatron.recipe_gpu_checks import gpu_problems
 from btx_megatron.recipe_layout_checks import dense_layout_problems, layout_problems
 from btx_megatron.recipe_mask_checks import mask_problems
 from btx_megatron.recipe_mix_checks import mix_problems
@@ -52,6 +53,8 @@ def resolve_train_iters(recipe: Recipe) -> None:
 def _problems(recipe: Recipe) -> Iterator[str]:
     if not recipe.run_folder:
         yield "run_folder is empty; name the folder to write to"
+    if recipe.launch.device == "cpu" and recipe.launch.transformer_impl == "transformer_engine":
+        yield "launch.transformer_impl transformer_engine needs GPUs, and launch.device is cpu; leave one out"
     yield from _data_problems(recipe.data)
     yield from _tokenizer_problems(recipe)
     yield from _model_problems(recipe.model)
@@ -257,6 +260,7 @@ def _stage_problems(recipe: Recipe, name: str) -> Iterator[str]:
         if domain not in recipe.domain_names:
             yield (f"{key}.blend.{domain}: no such domain; data.domains has {', '.join(recipe.domain_names)}")
     yield from _weight_problems(f"{key}.blend", stage.blend)
+    yield from gpu_problems(key, stage, recipe, is_moe)
 
 
 def _train_iters(recipe: Recipe, stage: str) -> int | None:

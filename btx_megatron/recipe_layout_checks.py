@@ -96,11 +96,6 @@ def _recompute_problems(key: str, layout: Layout) -> Iterator[str]:
             f"{key}.recompute_modules is for recompute_granularity selective, not {granularity or 'null'}; "
             "leave it out"
         )
-    if "layernorm" in (modules or []) and find_spec("transformer_engine") is None:
-        yield (
-            f"{key}.recompute_modules layernorm: Megatron's way to recompute norms needs Transformer Engine; "
-            "the package transformer_engine is not installed here: leave it out"
-        )
     if modules is not None and not modules:
         yield f"{key}.recompute_modules is empty; name one, or set recompute_granularity: null"
 

@@ -26,6 +26,13 @@ def moe_problems(recipe: Recipe) -> Iterator[str]:
     yield from _router_option_problems(recipe)
     yield from at_least("moe", moe, 0, ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_seed"))
     yield from positive("moe", moe, ("moe_expert_capacity_factor", "moe_router_logit_norm_scale"))
+    launch = recipe.launch
+    if moe.moe_grouped_gemm and (launch.transformer_impl == "local" or launch.device == "cpu"):
+        yield (
+            "moe.moe_grouped_gemm true needs Transformer Engine's layers on a GPU, and launch has "
+            f"device {launch.device}, transformer_impl {launch.transformer_impl or 'null'}; leave it out: "
+            "experts are grouped where the build can"
+        )
     yield from positive("mix", recipe.mix, ("router_std",))
     yield from at_least("mix", recipe.mix, 0, ("random_seed",))
 

@@ -43,6 +43,28 @@ class Training:
     expert may freeze ``shared``, which leaves its feed-forwards to train."""
     bf16: bool = False
     """Compute in bfloat16, with fp32 master weights and fp32 gradient reduction."""
+    fp8: Literal["hybrid", "e4m3"] | None = None
+    """Matrix products of the layers in FP8, through Transformer Engine; all else as with ``bf16``, which it
+    needs. hybrid: E4M3 forward and E5M2 for gradients; e4m3: E4M3 for both. Null: none. Router, softmax,
+    attention, embedding and output head stay as they are; held-out losses are computed without FP8."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
+    """How FP8 is scaled. delayed: one scale a tensor, from the largest values of past steps, which the
+    checkpoint keeps. tensorwise: one scale a tensor, from its own largest value. blockwise: one scale for
+    each 128 values (weights: 128 x 128), as DeepSeek-V3 does; compute capability 9.0."""
+    fp8_amax_history_len: int = 1024
+    """Steps that ``delayed`` looks back on."""
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
+    """What ``delayed`` takes from those steps: the largest value, or the last step's."""
+    fp8_param_gather: bool = False
+    """Weights are kept and gathered in FP8 beside their fp32 masters; needs the distributed optimizer. These
+    rounded weights are what is mixed, evaluated and exported from the stage."""
+    num_layers_at_start_in_bf16: int = 0
+    """The first so many layers compute in bfloat16; not with ``delayed``."""
+    num_layers_at_end_in_bf16: int = 0
+    """The last so many layers compute in bfloat16; not with ``delayed``."""
+    cuda_graph_impl: Literal["none", "local"] = "none"
+    """local: Megatron captures the layers (of a MoE: their attention) as CUDA graphs, which saves the CPU the
+    launches of small models. Needs a GPU and Transformer Engine; no full recomputation."""
     seed: int = 1234
     """Random seed of initialisation, data order and dropout."""
     save_interval: int = 100

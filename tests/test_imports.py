@@ -27,6 +27,7 @@ FLOORS = [
     {"estimate_fit", "recipe_checks"},
     {
         "recipe_ensemble_checks",
+        "recipe_gpu_checks",
         "recipe_grow_checks",
         "recipe_layout_checks",
         "recipe_mask_checks",

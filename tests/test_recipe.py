@@ -267,6 +267,10 @@ def test_what_is_allowed(tmp_path: Path, changes: dict[str, Any]) -> None:
         ("stages: {experts: [code]}", "key 'stages.experts': is a list, must be a mapping"),
         ("stages: {seed: {layot: {}}}", "unknown key 'stages.seed.layot'; did you mean 'layout'?"),
         ("baselines: dense", "key 'baselines': is 'dense', must be a list"),
+        (
+            "layout: {recompute_modules: mlp}",
+            "key 'layout.recompute_modules': is 'mlp', must be a list",
+        ),
         ("training: {lr: [1]}", "key 'training.lr': is a list, must be a single value"),
         ("name: ${run_foldr}", "Interpolation key 'run_foldr' not found"),
     ],

@@ -36,7 +36,12 @@ def run_evaluation(job: Job) -> dict[str, Any]:
     """Evaluate every row on every domain; rank 0 writes ``evaluation.json`` and all return its content."""
     recipe = job.recipe
     stage = Stage(
-        training=replace(recipe.training, micro_batch_size=recipe.evaluate.micro_batch_size),
+        training=replace(
+            recipe.training,
+            micro_batch_size=recipe.evaluate.micro_batch_size,
+            fp8=None,  # what is compared is weights
+            cuda_graph_impl="none",
+        ),
         layout=recipe.evaluate.layout,
     )
     with ranks.joined_ranks():

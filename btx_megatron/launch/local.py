@@ -71,6 +71,7 @@ def _run(
             stages = _alone(stages_of(recipe) if again else stages, run, targets)
         if stages:
             check_packages(stages)
+            machine.check_accelerator(recipe, stages)
             if any(stage.task == "import" for stage in stages):
                 from btx_megatron.mixing.pretrained import check_pretrained
 

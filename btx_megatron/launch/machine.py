@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from btx_megatron.errors import UserError
 from btx_megatron.pipeline import PipelineStage
+from btx_megatron.recipe import Recipe
+from btx_megatron.recipe_gpu_checks import needs_transformer_engine
 from btx_megatron.runtime.cores import available_cores
 
 _PACKAGES = {
@@ -59,6 +62,15 @@ class Machine:
                     "make its layout smaller, run it where there are more, or set launch.device=cpu"
                 )
 
+    def check_accelerator(self, recipe: Recipe, stages: list[PipelineStage]) -> None:
+        """Raise UserError where a stage asks for FP8 or Transformer Engine, and it or a GPU is not here."""
+        lacking = [] if self.gpus else ["a GPU, and none is visible here"]
+        if find_spec("transformer_engine") is None:
+            lacking.append("the package transformer_engine, which is not installed here (extra 'gpu')")
+        trained = [stage.name for stage in stages if stage.task == "train"]
+        for key in _needs_transformer_engine(recipe, trained) if lacking and trained else ():
+            raise UserError(f"{key} needs {' and '.join(lacking)}; leave it out, or run where there is one")
+
 
 def check_packages(stages: list[PipelineStage]) -> None:
     """Raise UserError if a stage needs a package that the base install leaves out."""
@@ -69,6 +81,17 @@ def check_packages(stages: list[PipelineStage]) -> None:
                     f"stage {stage.name} needs the package {package}, which is not installed here; "
                     "install the extra 'train': pip install 'btx-megatron[train]'"
                 )
+
+
+def _needs_transformer_engine(recipe: Recipe, trained: list[str]) -> Iterator[str]:
+    """Keys of the recipe that do, with what they need."""
+    if recipe.launch.transformer_impl == "transformer_engine":
+        yield "launch.transformer_impl transformer_engine"
+    if recipe.moe.moe_grouped_gemm and any(recipe.num_experts(stage) for stage in trained):
+        yield "moe.moe_grouped_gemm true"
+    for stage in trained:
+        for key in needs_transformer_engine(recipe.stage(stage)):
+            yield f"stage {stage}: {key}"
 
 
 def this_machine(device: str = "auto") -> Machine:

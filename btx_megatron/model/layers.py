@@ -104,12 +104,12 @@ class SwiGLU(torch.nn.Module):
 
 
 class LlamaModel(GPTModel):
-    """Megatron's GPT model, with torch's own cross entropy where the vocabulary is not cut: Megatron's for
-    the cut one takes twice as many passes over the logits."""
+    """Megatron's GPT model, with torch's own cross entropy where the vocabulary is not cut and nothing fuses
+    it: Megatron's for the cut one takes twice as many passes over the logits."""
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [B, S], logits [S, B, V] -> losses [B, S]."""
-        if self.config.tensor_model_parallel_size > 1:
+        if self.config.tensor_model_parallel_size > 1 or self.config.cross_entropy_loss_fusion:
             return super().compute_language_model_loss(labels, logits)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.T.flatten(), reduction="none")
         return losses.view(labels.T.shape).T.contiguous()

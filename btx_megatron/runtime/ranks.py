@@ -84,10 +84,11 @@ def _leave_groups() -> None:
             torch.distributed.destroy_process_group(group)
 
 
-def set_layout(layout: Layout, seed: int) -> None:
+def set_layout(layout: Layout, seed: int, cuda_graphs: bool = False) -> None:
     """(Re)build Megatron's groups for a layout, and seed every generator.
 
-    May be called again with another layout of the same number of ranks.
+    ``cuda_graphs``: with generators that graphs can hold, which are Transformer Engine's. May be called again
+    with another layout of the same number of ranks.
     """
     from megatron.core import parallel_state, tensor_parallel
 
@@ -104,4 +105,4 @@ def set_layout(layout: Layout, seed: int) -> None:
     # every pipeline stage draws its own weights and dropout, as in Megatron's training script
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=cuda_graphs, force_reset_rng=True)

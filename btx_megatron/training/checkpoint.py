@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import is_graph_safe_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from btx_megatron.checkpoints.names import is_weight
@@ -84,10 +85,13 @@ def _resume(path: Path, state: TrainingState) -> None:
     _check_reshardable(path, common["layout"], asdict(state.layout))
     ready_for_loading(state.optimizer)
     wanted = _state_dict(state, _metadata() | common["content_metadata"], loading=True)
+    scales = common.get("precision", wanted["precision"]) == wanted["precision"]
+    if not scales:
+        wanted["model"] = _without_extra_state(wanted["model"])
     if not _drawing_alike(common["layout"], asdict(state.layout)):
         del wanted["rng_state"]
     loaded = dist_checkpointing.load(wanted, str(path))
-    _take_weights(state.model, loaded["model"])
+    _take_weights(state.model, loaded["model"], strict=scales)
     state.optimizer.load_state_dict(loaded["optimizer"])
     unshare_steps(state.optimizer)
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -134,14 +138,15 @@ def _check_reshardable(path: Path, saved: dict[str, Any], wanted: dict[str, Any]
             )
 
 
-def load_weights(folder: Path, model: Sequence[torch.nn.Module]) -> None:
-    """Take the weights alone of the latest checkpoint in ``folder``; every weight must be there."""
+def load_weights(folder: Path, model: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """Take the weights alone of the latest checkpoint in ``folder``; every weight must be there.
+
+    Returns them as they were read, as the optimizer's ``reload_model_params`` takes them: weights that the
+    model keeps in FP8 are more exact there.
+    """
     path = find_checkpoint(folder)
-    # the local layers' _extra_state is empty, and converters need not write it
-    weights = {
-        number: {key: value for key, value in chunk.items() if not key.endswith("_extra_state")}
-        for number, chunk in _sharded_weights(model, _metadata()).items()
-    }
+    # the local layers' _extra_state is empty, FP8's scales are of another stage; converters write none
+    weights = _without_extra_state(_sharded_weights(model, _metadata()))
     with _reading(path, "make its stage again"):
         # Megatron calls "missing" what the checkpoint has beyond the model, and "unexpected" the reverse
         loaded, extra, absent = dist_checkpointing.load({"model": weights}, str(path), strict="return_all")
@@ -152,6 +157,24 @@ def load_weights(folder: Path, model: Sequence[torch.nn.Module]) -> None:
             f"it lacks {sorted(absent)[:3]}, it has {left_over[:3]} too"
         )
     _take_weights(model, loaded["model"], strict=False)
+    chunks = list(loaded["model"].values())
+    return (
+        {"model": chunks[0]} if len(chunks) == 1 else {f"model{n}": chunk for n, chunk in enumerate(chunks)}
+    )
+
+
+def _without_extra_state(model: dict[str, Any]) -> dict[str, Any]:
+    return {
+        number: {key: value for key, value in chunk.items() if "_extra_state" not in key.rpartition(".")[2]}
+        for number, chunk in model.items()
+    }
+
+
+def _precision(model: torch.nn.Module) -> dict[str, Any]:
+    """What the modules' ``_extra_state`` belongs to: Transformer Engine keeps FP8's scales there."""
+    config: Any = unwrap(model).config
+    of_fp8 = ("fp8_recipe", "fp8_amax_history_len") if config.fp8 else ()
+    return {name: getattr(config, name) for name in ("transformer_impl", "fp8", *of_fp8)}
 
 
 def _metadata() -> dict[str, Any]:
@@ -191,6 +214,7 @@ def _state_dict(state: TrainingState, metadata: dict[str, Any], loading: bool = 
         "skips": asdict(state.skips),
         "balancing_coefficients": state.adaptive.coefficients if state.adaptive else None,
         "layout": asdict(state.layout),
+        "precision": _precision(state.model[0]),
     }
 
 
@@ -199,7 +223,11 @@ def _rng_object() -> ShardedObject:
     rng = {
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        # with CUDA graphs the generators are objects
+        "tracker": {
+            name: tensor_parallel.convert_cuda_rng_state(state, to_graphable=False)
+            for name, state in tensor_parallel.get_cuda_rng_tracker().get_states().items()
+        },
     }
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     return ShardedObject("rng_state", rng, (world,), (rank,))
@@ -208,4 +236,11 @@ def _rng_object() -> ShardedObject:
 def _restore_rng(rng: dict[str, Any]) -> None:
     torch.cuda.set_rng_state(rng["device"])
     torch.set_rng_state(rng["torch"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(rng["tracker"])
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    graphable = is_graph_safe_cuda_rng_tracker(tracker)
+    tracker.set_states(
+        {
+            name: tensor_parallel.convert_cuda_rng_state(state, to_graphable=graphable)
+            for name, state in rng["tracker"].items()
+        }
+    )

@@ -44,6 +44,7 @@ def build_optimizer(model: Sequence[DistributedDataParallel], stage: Stage) -> F
         params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
         use_distributed_optimizer=layout.use_distributed_optimizer,
         overlap_param_gather=layout.overlap_param_gather,
+        fp8_recipe=training.fp8_recipe if training.fp8 else None,
     )
     optimizer = get_megatron_optimizer(config, list(model), use_gloo_process_groups=False)
     chained = [inner for inner in optimizer.chained_optimizers if inner.optimizer is not None]

@@ -42,7 +42,8 @@ def run_training(job: Job) -> dict[str, Any]:
 def _run_training(job: Job, heartbeat: Heartbeat) -> dict[str, Any]:
     stage = job.recipe.stage(job.stage)
     heartbeat.tell(0, "loading")
-    ranks.set_layout(stage.layout, stage.training.seed)
+    graphs = stage.training.cuda_graph_impl != "none"
+    ranks.set_layout(stage.layout, stage.training.seed, graphs)
     # Megatron may be imported only now, behind the CPU backend
     from btx_megatron.training.checkpoint import TrainingState, load_weights, resume
     from btx_megatron.training.reporter import Reporter
@@ -59,8 +60,9 @@ def _run_training(job: Job, heartbeat: Heartbeat) -> dict[str, Any]:
         trainer.model, trainer.optimizer, trainer.scheduler, stage.layout, adaptive=trainer.adaptive
     )
     if not resume(job.work_folder / "checkpoints", state) and job.load_from is not None:
-        load_weights(job.load_from, trainer.model)
-        trainer.optimizer.reload_model_params()  # the fp32 masters were made from the initial weights
+        weights = load_weights(job.load_from, trainer.model)
+        # the fp32 masters were made from the initial weights
+        trainer.optimizer.reload_model_params(weights if stage.training.fp8_param_gather else None)
     extra = {"recipe": recipe_to_dict(job.recipe), "vocab_size": statistics["vocab_size"]}
     with Reporter(job, stage, trainer.model, state.iteration) as reporter:
         seconds = _train(job, stage, trainer, state, extra, heartbeat, reporter)

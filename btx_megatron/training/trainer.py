@@ -134,6 +134,7 @@ def _wrap(model: list[torch.nn.Module], stage: Stage) -> list[DistributedDataPar
         overlap_grad_reduce=layout.overlap_grad_reduce,
         overlap_param_gather=layout.overlap_param_gather,
         use_distributed_optimizer=layout.use_distributed_optimizer,
+        fp8_param_gather=stage.training.fp8_param_gather,
     )
     # as in Megatron's training script: the first chunk is the last to have its gradients, and is waited for
     return [

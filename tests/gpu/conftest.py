@@ -1,0 +1,21 @@
+"""One rank on one GPU for all tests of this folder; without a CUDA device they fail, they are not skipped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from btx_megatron.runtime import ranks
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_rank() -> Iterator[None]:
+    if not torch.cuda.is_available():
+        pytest.fail("these tests need a CUDA device")
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
+    with ranks.joined_ranks():
+        yield
