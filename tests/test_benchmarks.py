@@ -164,3 +164,51 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         failed = benchmark(*arguments)
         assert failed.returncode != 0
         assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_where_there_is_none(tmp_path: Path) -> None:
+    """All of it but Transformer Engine; what it prints of a CPU means nothing."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_training.py"), "--device", "cpu", "--tiny"]
+    command += ["--rounds", "3", "--json", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads((tmp_path / "gpu.json").read_text())["cases"]
+    assert list(cases) == ["dense-tiny", "moe-tiny"]
+    for case in cases.values():
+        (duel,) = case["duels"].values()
+        assert {name: len(told["seconds"]) for name, told in duel.items()} == {"local": 3, "transformers": 3}
+    # 3 x (projections, half the square of scores, feed-forward, router, logits) by hand, 4 x 64 tokens
+    width = {"dense-tiny": 128, "moe-tiny": 2 * 128}
+    for name, case in cases.items():
+        router = 2 * 2 * 64 * 4 if name == "moe-tiny" else 0
+        token = 2 * (2 * 64 * 16 * (2 * 4 + 2 * 2) + 4 * 4 * 16 * 32 + 6 * 64 * width[name])
+        assert case["flops"] == 3 * (token + router + 2 * 64 * 256) * 4 * 64
+
+
+def test_the_gpu_benchmark_says_that_there_is_no_gpu() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_training.py")]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "no GPU here; --device cpu --tiny tries the program without one\n"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_TNT", "matrix products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x128x64", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_f16_knob_7_64x128x128", "attention"),
+        ("void transformer_engine::multi_tensor_apply_kernel<AdamFunctorMaster>", "optimizer"),
+        ("void transformer_engine::rmsnorm_fwd_tuned_kernel", "norms, activation, RoPE"),
+        ("_permute_kernel", "permutation"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("something_else", "other"),
+    ],
+)
+def test_kernels_are_told_apart(kernel: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from benchmarks.gpu_training import kind_of_kernel
+
+    assert kind_of_kernel(kernel) == kind

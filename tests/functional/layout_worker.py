@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -309,6 +310,16 @@ def damaged(folder: Path) -> str:
     return "nothing"
 
 
+def of_another_build(folder: Path) -> dict[str, list[float]]:
+    """The second half of a run, and the same from a checkpoint that holds another build's extra state."""
+    path = folder / "half-moe"
+    losses = {"same": second_half("moe", Layout(), path, folder)}
+    told = {"transformer_impl": "transformer_engine", "fp8": "hybrid"}
+    with mock.patch("btx_megatron.training.checkpoint._precision", return_value=told):
+        losses["other"] = second_half("moe", Layout(), path, folder)
+    return losses
+
+
 def held_out(layout: Layout, folder: Path) -> dict[str, Any]:
     """Loss and routes of the MoE on three windows, the last one all but empty, eight to a micro-batch."""
     import numpy as np
@@ -375,6 +386,7 @@ def more_than_losses(folder: Path, world: int) -> dict[str, Any]:
         result["recomputed"] = recomputed(folder)
         for kind in ("dense", "deep", "moe"):
             save_half_way(kind, Layout(), folder / f"half-{kind}", folder)
+        result["of another build"] = of_another_build(folder)
     if world == 2:
         result["damaged"] = damaged(folder)
         result["resumes"] = resumes(folder)

@@ -107,6 +107,11 @@ def test_resume_on_another_layout(result: dict[str, Any], name: str) -> None:
     assert result["resumes"][f"reshard {name}"] == pytest.approx(whole, abs=1e-5)
 
 
+def test_a_run_goes_on_in_another_build(result: dict[str, Any]) -> None:
+    """Its weights, optimizer and generators; not what Transformer Engine keeps beside them."""
+    assert result["of another build"]["other"] == result["of another build"]["same"]
+
+
 def test_a_damaged_checkpoint_is_named_with_what_to_do(result: dict[str, Any]) -> None:
     assert "damaged/iter_0000001: cannot be read (CheckpointException, the log has more)" in result["damaged"]
     assert "or delete " in result["damaged"]
