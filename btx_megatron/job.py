@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from btx_megatron.durable import write_durably
 from btx_megatron.manifest import CHECKPOINTS as CHECKPOINTS
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_file import parse_recipe, recipe_to_dict
@@ -83,7 +84,7 @@ def write_job(job: Job) -> Path:
         "inputs": job.inputs,
     }
     path = job.work_folder / JOB_FILE
-    path.write_text(json.dumps(content, indent=1))
+    write_durably(path, json.dumps(content, indent=1))
     return path
 
 

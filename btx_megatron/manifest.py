@@ -62,15 +62,16 @@ def make_manifest(
     outputs: dict[str, Any],
     tokens: int | None,
     duration_seconds: float,
+    versions: dict[str, str] | None = None,
 ) -> Manifest:
-    """The manifest of a stage that ends now, in this environment."""
+    """The manifest of a stage that ends now; ``versions`` of where it ran, None: here."""
     return Manifest(
         stage=stage,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         duration_seconds=round(duration_seconds, 3),
         inputs=inputs,
         recipe=recipe,
-        versions=_versions(),
+        versions=versions or package_versions(),
         code_commit=code_commit(),
         outputs=outputs,
         tokens=tokens,
@@ -109,7 +110,8 @@ def fingerprint(stage: str, inputs: dict[str, str], outputs: dict[str, Any]) -> 
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """What a manifest says of this environment."""
     from importlib import metadata  # slow to import, and reading a manifest does not need it
 
     versions = {"python": platform.python_version(), "btx_megatron": btx_megatron.__version__}
@@ -122,6 +124,10 @@ def _versions() -> dict[str, str]:
 
 
 def code_commit() -> str | None:
+    """Of this package's checkout, or of the one that it was copied from for a cluster's jobs."""
+    frozen = Path(__file__).parents[1] / "COMMIT"
+    if frozen.exists():
+        return frozen.read_text(encoding="utf-8").strip()
     package = Path(__file__).parent
     tracked = ["git", "-C", str(package), "ls-files", "--error-unmatch", Path(__file__).name]
     describe = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]

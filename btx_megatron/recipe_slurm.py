@@ -30,9 +30,10 @@ class SlurmJob:
     cpus_per_node: int | None = None
     """CPU cores of a node that a job takes."""
     mem: str | None = None
-    """Memory of a node that a job takes (``0``: all of it)."""
+    """Memory of a node that a job takes; ``0`` is all of it, and what null means with ``exclusive``."""
     exclusive: bool | None = None
-    """Whole nodes."""
+    """Whole nodes, with all their cores. Null: for jobs that take all ``gpus_per_node``, unless
+    ``cpus_per_node`` says how many cores they want."""
     options: list[str] = field(default_factory=list)
     """Any other options of sbatch, as ``--nice=100``."""
 
@@ -50,7 +51,7 @@ class Slurm(SlurmJob):
     """The same for single stages, by name (``seed``, ``expert:math``, ``finetune``), or ``expert`` for all
     experts."""
     signal_seconds: int = 300
-    """So long before its time limit a job is told to save; it must hold a training step and a save."""
+    """So long before its time limit a job that trains is told to save; it must hold a step and a save."""
     max_restarts: int = 100
     """After so many returns to the queue a job fails."""
     container_image: str | None = None

@@ -20,6 +20,16 @@ def slurm_problems(recipe: Recipe, stages: Collection[str]) -> Iterator[str]:
     slurm = recipe.slurm
     yield from at_least("slurm", slurm, 0, ("signal_seconds", "max_restarts"))
     yield from _job_problems("slurm", slurm)
+    for key, job in (
+        ("slurm", slurm),
+        *((f"slurm.stages.{name}", job) for name, job in slurm.stages.items()),
+    ):
+        seconds = time_limit_seconds(job.time) if job.time else None
+        if seconds is not None and seconds <= slurm.signal_seconds:
+            yield (
+                f"{key}.time {job.time} is no longer than slurm.signal_seconds {slurm.signal_seconds}, so that "
+                "jobs would be told to save before they have begun; raise it, or lower signal_seconds"
+            )
     yield from _job_problems("slurm.cpu", slurm.cpu)
     known = [*dict.fromkeys(name.partition(":")[0] for name in stages), *(n for n in stages if ":" in n)]
     for name, job in slurm.stages.items():
@@ -31,6 +41,17 @@ def slurm_problems(recipe: Recipe, stages: Collection[str]) -> Iterator[str]:
             yield f"slurm.environment.{name}: no name of a variable; letters, digits and '_' make one"
     if slurm.container_mounts and not slurm.container_image:
         yield "slurm.container_mounts: there is no container; set slurm.container_image, or leave it out"
+
+
+def time_limit_seconds(time: str) -> int | None:
+    """Seconds of a time limit as Slurm writes it: minutes, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``, ``D-H:M:S``;
+    None for one without end, or that is no time."""
+    if not _TIME.fullmatch(time) or time[0].isalpha():
+        return None
+    days, dash, clock = time.rpartition("-")
+    numbers = [int(number) for number in clock.split(":")]
+    units = (3600, 60, 1) if dash or len(numbers) == 3 else (60, 1)
+    return 86_400 * int(days or 0) + sum(n * unit for n, unit in zip(numbers, units, strict=False))
 
 
 def _job_problems(key: str, job: SlurmJob) -> Iterator[str]:

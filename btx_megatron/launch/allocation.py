@@ -17,6 +17,7 @@ from btx_megatron.errors import UserError
 from btx_megatron.launch.machine import Machine
 from btx_megatron.pipeline import PipelineStage
 from btx_megatron.recipe import Recipe
+from btx_megatron.runtime.cores import NEEDS_GPU
 
 IN_A_JOB = "BTX_SLURM_JOB"
 """Environment variable that slurm/common.sh sets: this ``btx`` runs one stage in its own job."""
@@ -34,6 +35,10 @@ class Allocation(Machine):
     address: str = "127.0.0.1"
     """Of the first node, as the others reach it."""
     srun_options: tuple[str, ...] = ()
+    needs_gpu: bool = False
+    """Ranks must find one each."""
+    container: bool = False
+    """Ranks run in an image of their own."""
     lock_patience_seconds: float = 600.0
     """A file system lets go of a dead node's lock minutes after the job is somewhere else."""
 
@@ -42,7 +47,12 @@ class Allocation(Machine):
         return {}
 
     def check_accelerator(self, recipe: Recipe, stages: list[PipelineStage]) -> None:
-        """Nothing: ranks may have a container of their own, and look for themselves."""
+        """Nothing: ranks look for themselves."""
+
+    def check_packages(self, recipe: Recipe, stages: list[PipelineStage]) -> None:
+        """As on any machine; what is in an image shows there."""
+        if not self.container:
+            super().check_packages(recipe, stages)
 
     def command(self, stage: PipelineStage, job_file: Path) -> list[str]:
         """Program and arguments that run a stage on the nodes."""
@@ -50,21 +60,32 @@ class Allocation(Machine):
         nodes = self.nodes if of_models else 1
         worker = f"{_WORKER} {shlex.quote(str(job_file))}"
         if of_models:
-            if stage.ranks % nodes:
-                raise UserError(f"stage {stage.name}: {stage.ranks} ranks on {nodes} nodes; submit it again")
+            here = os.environ.get("SLURM_GPUS_ON_NODE", "")
+            most = int(here) if here.isdigit() and self.needs_gpu else stage.ranks
+            if stage.ranks % nodes or stage.ranks // nodes > most:
+                raise UserError(
+                    f"stage {stage.name}: {stage.ranks} ranks do not lie on the job's {nodes} nodes of {most} "
+                    "GPUs: its layout was changed; btx cancel, then btx submit"
+                )
             worker = (
                 f"-m torch.distributed.run --nnodes={nodes} --node-rank=$SLURM_NODEID "
                 f"--nproc-per-node={stage.ranks // nodes} --master-addr={self.address} "
                 f"--master-port={_FIRST_PORT + self.job_id % _PORTS} {worker}"
             )
         # the guardian of a process is on the first node alone; Slurm ends the ranks with their job
-        line = f"unset BTX_GUARDIAN_PID; exec {shlex.quote(_python())} {worker}"
+        # an image's own PYTHONPATH would hide the frozen code
+        variables = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+        if of_models and self.needs_gpu:
+            variables[NEEDS_GPU] = "1"
+        exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items() if value)
+        line = f"unset BTX_GUARDIAN_PID; {exports} exec {shlex.quote(_python())} {worker}"
         return [
             "srun",
             f"--nodes={nodes}",
             f"--ntasks={nodes}",
             "--ntasks-per-node=1",
             "--kill-on-bad-exit=1",
+            "--export=ALL",  # sites' SBATCH_EXPORT=NONE would take away what the script has set
             # Slurm may hold cores for a step of a start that a node's death ended; ours is the only step
             "--overlap",
             *self.srun_options,
@@ -85,6 +106,8 @@ def this_allocation(recipe: Recipe) -> Allocation | None:
         job_id=int(os.environ["SLURM_JOB_ID"]),
         address=_first_address(),
         srun_options=tuple(_srun_options(recipe)),
+        needs_gpu=recipe.launch.device != "cpu",
+        container=recipe.slurm.container_image is not None,
     )
 
 

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import btx_megatron
-from btx_megatron.data.loader import check_installed
 from btx_megatron.errors import StageFailed, Stopped, UserError
 from btx_megatron.job import JOB_FILE, LAUNCH_FILES, LOG_FILE, PASSING_FILES, Job, read_job, write_job
 from btx_megatron.launch.allocation import this_allocation
 from btx_megatron.launch.display import Display, make_display
-from btx_megatron.launch.machine import Machine, check_packages, this_machine
+from btx_megatron.launch.machine import Machine, this_machine
 from btx_megatron.manifest import make_manifest
 from btx_megatron.pipeline import PipelineStage, input_fingerprints, stages_of, stages_to_run
 from btx_megatron.recipe import Recipe
@@ -28,7 +27,6 @@ from btx_megatron.run_folder import RunFolder
 from btx_megatron.runtime.outcome import Outcome
 from btx_megatron.runtime.progress import read_progress
 from btx_megatron.runtime.supervisor import Command, Supervisor
-from btx_megatron.training import curves
 
 _SECONDS_BETWEEN_POLLS = 0.1
 
@@ -63,24 +61,19 @@ def _run(
     alone: bool = False,
     again: bool = False,
 ) -> None:
-    run = RunFolder(recipe.run_folder)
-    run.claim(recipe)
-    with Supervisor() as supervisor:
+    with Supervisor() as supervisor:  # it hears signals from here on
+        run = RunFolder(recipe.run_folder)
+        run.claim(recipe)
         stages = stages_to_run(stages_of(recipe), run, targets)
         if alone:
             stages = _alone(stages_of(recipe) if again else stages, run, targets)
         if stages:
-            check_packages(stages)
+            machine.check_packages(recipe, stages)
             machine.check_accelerator(recipe, stages)
             if any(stage.task == "import" for stage in stages):
                 from btx_megatron.mixing.pretrained import check_pretrained
 
                 check_pretrained(recipe)
-            trained = [stage for stage in stages if stage.task == "train"]
-            if trained:
-                check_installed(recipe.data.loader)
-            for stage in trained:
-                curves.check_installed(recipe.stage(stage.name).training)
             machine.check(stages)
         with make_display() as display:
             if not stages:
@@ -268,6 +261,7 @@ class _LocalRun:
             outputs=result["outputs"],
             tokens=result.get("tokens"),
             duration_seconds=seconds,
+            versions=result.get("versions"),
         )
         self.run.publish(manifest)
 

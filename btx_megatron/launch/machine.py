@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from btx_megatron.data.loader import check_installed as check_loader
 from btx_megatron.errors import UserError
 from btx_megatron.pipeline import PipelineStage
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_gpu_checks import needs_transformer_engine
-from btx_megatron.runtime.cores import available_cores
+from btx_megatron.runtime.cores import NEEDS_GPU, available_cores
+from btx_megatron.training import curves
 
 _PACKAGES = {
     "train": ("megatron", "psutil"),
@@ -42,7 +44,8 @@ class Machine:
         """Variables of a stage's processes; ``gpus`` are those that it has, none for what needs none."""
         # gloo would look up the host's name, which may not resolve
         loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-        return loopback | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        needed = {NEEDS_GPU: "1"} if gpus else {}
+        return loopback | needed | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
     def command(self, stage: PipelineStage, job_file: Path) -> list[str]:
         """Program and arguments that run a stage: under its own torchrun where models run, else alone."""
@@ -62,6 +65,21 @@ class Machine:
                     "make its layout smaller, run it where there are more, or set launch.device=cpu"
                 )
 
+    def check_packages(self, recipe: Recipe, stages: list[PipelineStage]) -> None:
+        """Raise UserError if a stage needs a package that the base install leaves out."""
+        for stage in stages:
+            for package in _PACKAGES.get(stage.task, ()):
+                if find_spec(package) is None:
+                    raise UserError(
+                        f"stage {stage.name} needs the package {package}, which is not installed here; "
+                        "install the extra 'train': pip install 'btx-megatron[train]'"
+                    )
+        trained = [stage for stage in stages if stage.task == "train"]
+        if trained:
+            check_loader(recipe.data.loader)
+        for stage in trained:
+            curves.check_installed(recipe.stage(stage.name).training)
+
     def check_accelerator(self, recipe: Recipe, stages: list[PipelineStage]) -> None:
         """Raise UserError where a stage asks for FP8 or Transformer Engine, and it or a GPU is not here."""
         lacking = [] if self.gpus else ["a GPU, and none is visible here"]
@@ -70,17 +88,6 @@ class Machine:
         trained = [stage.name for stage in stages if stage.task == "train"]
         for key in _needs_transformer_engine(recipe, trained) if lacking and trained else ():
             raise UserError(f"{key} needs {' and '.join(lacking)}; leave it out, or run where there is one")
-
-
-def check_packages(stages: list[PipelineStage]) -> None:
-    """Raise UserError if a stage needs a package that the base install leaves out."""
-    for stage in stages:
-        for package in _PACKAGES.get(stage.task, ()):
-            if find_spec(package) is None:
-                raise UserError(
-                    f"stage {stage.name} needs the package {package}, which is not installed here; "
-                    "install the extra 'train': pip install 'btx-megatron[train]'"
-                )
 
 
 def _needs_transformer_engine(recipe: Recipe, trained: list[str]) -> Iterator[str]:

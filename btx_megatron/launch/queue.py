@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -42,9 +43,15 @@ class JobState:
 
 
 def run_slurm(arguments: list[str]) -> str:
-    """Output of a command of Slurm. Raises UserError where it is missing, or with its own message."""
+    """Output of a command of Slurm. Raises UserError where it is missing, or with its own message.
+
+    Variables of a job that this process may itself run in stay here: they would become the other's.
+    """
+    ours = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(("SLURM_", "BTX_"))}
     try:
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            arguments, env=ours, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
     except FileNotFoundError:
         raise UserError(
             f"{arguments[0]}: not found; run this where Slurm is, or use btx run on this machine"
@@ -76,7 +83,8 @@ def _from_squeue(told: Any) -> list[tuple[int, JobState]]:
     found = []
     for job in told["jobs"]:
         states = job["job_state"]
-        state = states if isinstance(states, str) else states[0]
+        # of FAILED and COMPLETING the second says that its processes may still be there
+        state = states if isinstance(states, str) else "COMPLETING" if "COMPLETING" in states else states[0]
         reason = job.get("state_reason") or ""
         restarts = _number(job.get("restart_cnt", 0))
         nodes = job.get("nodes") or ""
@@ -96,4 +104,6 @@ def _from_sacct(ids: list[int]) -> dict[int, JobState]:
     except UserError:  # clusters without accounting have none
         return {}
     rows = (line.split("|") for line in told.splitlines())
-    return {int(row[0]): JobState(row[1].split()[0], nodes=row[2]) for row in rows if row[0].isdigit()}
+    told_of = {int(row[0]): JobState(row[1].split()[0], nodes=row[2]) for row in rows if row[0].isdigit()}
+    # what squeue does not know does not run, whatever the accounting has missed
+    return {number: state for number, state in told_of.items() if not state.alive}

@@ -23,6 +23,7 @@ SCRIPTS = {
 """The script of each task; training has one for experts and one for all else."""
 
 _OF_MODELS = ("train", "evaluate")
+_RESUMED = ("train", "prepare")
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,11 @@ def job_request(recipe: Recipe, stage: PipelineStage, logs: Path) -> JobRequest:
         f"--nodes={nodes}",
         "--ntasks-per-node=1",
         *_resources(asked, gpus),
-        f"--signal=B:USR1@{recipe.slurm.signal_seconds}",
+        # the others have nothing to save, and would begin anew
+        *([f"--signal=B:USR1@{recipe.slurm.signal_seconds}"] if stage.task in _RESUMED else []),
         "--requeue",
         "--open-mode=append",
+        "--propagate=NONE",  # limits of the login node are none of the ranks'
         # Slurm fills in what follows a single %
         f"--output={logs / stage.name.replace(':', '-')}.log".replace("%", "%%"),
         *asked.options,
@@ -107,6 +110,11 @@ def _resources(asked: SlurmJob, gpus: int) -> Iterator[str]:
         "cpus-per-task": asked.cpus_per_node,
         "mem": asked.mem,
     }
+    exclusive = asked.exclusive
+    if exclusive is None:  # else Slurm would give all GPUs of a node and one core
+        exclusive = gpus > 0 and gpus == asked.gpus_per_node and asked.cpus_per_node is None
+    if exclusive and asked.mem is None:
+        named["mem"] = "0"
     yield from (f"--{name}={value}" for name, value in named.items() if value is not None)
-    if asked.exclusive:
+    if exclusive:
         yield "--exclusive"

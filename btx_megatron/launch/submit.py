@@ -16,7 +16,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -41,6 +41,8 @@ class SubmittedJob:
     after: tuple[int, ...]
     """Jobs that it waits for."""
     submitted: str
+    nodes: str = ""
+    """``2 nodes x 8``; empty where it is not known."""
 
 
 def slurm_folder(run: RunFolder) -> Path:
@@ -54,7 +56,9 @@ def read_jobs(run: RunFolder) -> dict[str, SubmittedJob]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {
-            stage: SubmittedJob(int(job["id"]), tuple(job["after"]), str(job["submitted"]))
+            stage: SubmittedJob(
+                int(job["id"]), tuple(job["after"]), str(job["submitted"]), str(job.get("nodes", ""))
+            )
             for stage, job in content.items()
         }
     except FileNotFoundError:
@@ -109,11 +113,13 @@ class _Submission:
             if state and state.alive and self._is_current(request, after):
                 lines.append(f"{request.stage}: job {self.jobs[request.stage].id} is {state.state.lower()}")
                 continue
-            if state and state.alive:  # it waits for a job that is no more
-                run_slurm(["scancel", str(self.jobs[request.stage].id)])
-            number = int(run_slurm(_sbatch(request, self.run, after)).strip().partition(";")[0])
+            if state and state.alive:  # it waits for a job that is no more, or is of another shape
+                _end_job(self.jobs[request.stage].id)
+            # what a site's own sbatch says beside it comes before
+            told = run_slurm(_sbatch(request, self.run, after)).split()
+            number = int(told[-1].partition(";")[0])
             submitted = datetime.now(UTC).isoformat(timespec="seconds")
-            self.jobs[request.stage] = SubmittedJob(number, after, submitted)
+            self.jobs[request.stage] = SubmittedJob(number, after, submitted, _nodes_text(request))
             self.states[number] = JobState("PENDING")
             _write_jobs(self.jobs, self.run)
             waits = f", after {', '.join(map(str, after))}" if after else ""
@@ -133,9 +139,12 @@ class _Submission:
         return tuple(self.jobs[stage].id for stage in needed)
 
     def _is_current(self, request: JobRequest, after: tuple[int, ...]) -> bool:
-        """Whether its job runs, or waits for the jobs that are there (some may have ended well meanwhile)."""
-        state = self._state(request.stage)
-        return state is None or state.state != "PENDING" or set(after) <= set(self.jobs[request.stage].after)
+        """Whether its job runs, or waits for the jobs that are there (some may have ended well meanwhile) and
+        for as many nodes as the recipe says now."""
+        state, job = self._state(request.stage), self.jobs[request.stage]
+        if state is None or state.state != "PENDING":
+            return True
+        return set(after) <= set(job.after) and job.nodes in ("", _nodes_text(request))
 
     def _state(self, stage: str) -> JobState | None:
         return self.states.get(self.jobs[stage].id) if stage in self.jobs else None
@@ -151,9 +160,20 @@ def cancel(recipe: Recipe, now: bool = False) -> list[str]:
     lines = []
     for stage, number in [*waiting.items(), *((s, n) for s, n in alive.items() if s not in waiting)]:
         gently = stage not in waiting and not now
-        run_slurm(["scancel", *(["--batch", "--signal=TERM"] if gently else []), str(number)])
+        gently = gently and _end_job(number, "--batch", "--signal=TERM")
+        if not gently:  # it waits, or went back into the queue a moment ago
+            _end_job(number)
         lines.append(f"{stage}: job {number} {'saves and ends' if gently else 'is cancelled'}")
     return lines or [f"nothing to cancel: no job of {run.path} is queued"]
+
+
+def _end_job(number: int, *options: str) -> bool:
+    """scancel; False where Slurm refuses, as for a job that has just ended."""
+    try:
+        run_slurm(["scancel", *options, str(number)])
+    except UserError:
+        return False
+    return True
 
 
 # what lies in the run folder
@@ -204,7 +224,10 @@ def environment_text(recipe: Recipe, code: Path) -> str:
     }
     lines = ["# Written by btx submit: what the recipe's slurm section says.", *slurm.setup]
     if slurm.modules:
-        lines.insert(1, f"module load {' '.join(map(shlex.quote, slurm.modules))}")
+        names = " ".join(map(shlex.quote, slurm.modules))
+        lines.insert(
+            1, f"module load {names} || {{ echo '== slurm.modules could not be loaded' >&2; exit 2; }}"
+        )
     lines += [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
     lines.append(
         "export PYTHONSAFEPATH=1  # else a checkout in the working directory comes before the frozen code"
@@ -256,7 +279,5 @@ def _nodes_text(request: JobRequest) -> str:
 
 
 def _write_jobs(jobs: Mapping[str, SubmittedJob], run: RunFolder) -> None:
-    content = {
-        stage: {"id": j.id, "after": list(j.after), "submitted": j.submitted} for stage, j in jobs.items()
-    }
+    content = {stage: asdict(job) for stage, job in jobs.items()}
     write_durably(slurm_folder(run) / "jobs.json", json.dumps(content, indent=1) + "\n")

@@ -20,6 +20,7 @@ from typing import Any
 
 from btx_megatron.errors import Stopped
 from btx_megatron.job import CHECKPOINTS, LAUNCH_FILES, Job, Task, read_job
+from btx_megatron.manifest import package_versions
 from btx_megatron.recipe import GROWN_FROM, SEED
 from btx_megatron.recipe_file import recipe_to_dict
 from btx_megatron.run_folder import stage_folder
@@ -36,7 +37,9 @@ def main() -> int:
         result = _TASKS[job.task](job)
         if rank == 0:
             outputs = result.get("outputs") or _hash_outputs(job.work_folder)
-            write_result(job.work_folder, result | {"outputs": outputs})
+            # the supervisor may run in another environment, beside the container
+            told = {"outputs": outputs, "versions": package_versions()}
+            write_result(job.work_folder, result | told)
     except Stopped:
         if rank == 0:
             write_stopped(job.work_folder)

@@ -1,10 +1,13 @@
-"""CPU cores that this process may use: fewer than there are, on a shared node or in a container."""
+"""What this process may compute on: cores, fewer than there are on a shared node or in a container."""
 
 from __future__ import annotations
 
 import math
 import os
 from pathlib import Path
+
+NEEDS_GPU = "BTX_NEEDS_GPU"
+"""Environment variable: the stage was given GPUs; a rank that finds none must not compute on cores."""
 
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 

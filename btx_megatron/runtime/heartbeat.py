@@ -136,7 +136,8 @@ def read_beats(work_folder: Path) -> list[Beat]:
     """What the ranks said last, by rank."""
     beats = []
     for path in work_folder.glob(_FILES):
-        with contextlib.suppress(FileNotFoundError):  # it has come to its end
+        # it has come to its end, or a file system over the network is between two versions of the file
+        with contextlib.suppress(OSError, ValueError, TypeError):
             beats.append(Beat(**json.loads(path.read_text())))
     return sorted(beats, key=lambda beat: beat.rank)
 

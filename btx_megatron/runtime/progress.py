@@ -70,8 +70,9 @@ class Progress:
 
 
 def read_progress(work_folder: Path) -> ProgressRecord | None:
-    """The last report of a stage, or None where it has not reported yet, or as another version does."""
+    """The last report of a stage; None where it has not reported yet, or as another version does, or where
+    a crash left the file empty."""
     try:
         return ProgressRecord(**json.loads((work_folder / PROGRESS_FILE).read_text()))
-    except (FileNotFoundError, TypeError):
+    except (OSError, ValueError, TypeError):
         return None

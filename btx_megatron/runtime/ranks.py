@@ -12,9 +12,10 @@ from datetime import timedelta
 
 import torch
 
-from btx_megatron.errors import Stopped
+from btx_megatron.errors import StageFailed, Stopped
 from btx_megatron.recipe import Layout
 from btx_megatron.runtime import cpu_backend
+from btx_megatron.runtime.cores import NEEDS_GPU
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others, where no recipe says otherwise."""
@@ -33,6 +34,11 @@ def start_ranks(timeout: timedelta = TIMEOUT) -> None:
     ``timeout``: of every collective.
     """
     _quiet_logs()
+    if NEEDS_GPU in os.environ and not cpu_backend.have_cuda():
+        raise StageFailed(
+            f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: torch finds no GPU, though the stage "
+            "was given one; look at nvidia-smi there, and in a container at NVIDIA_VISIBLE_DEVICES"
+        )
     cpu_backend.install()
     if cpu_backend.have_cuda():
         torch.cuda.set_device(device())

@@ -43,8 +43,8 @@ class Stopwatch:
 
 
 def read_duration(work_folder: Path) -> float:
-    """Seconds of the attempts so far; 0 where there was none."""
+    """Seconds of the attempts so far; 0 where there was none, or a crash left the file empty."""
     try:
         return float(json.loads((work_folder / DURATION_FILE).read_text()))
-    except FileNotFoundError:
+    except (OSError, ValueError, TypeError):
         return 0.0

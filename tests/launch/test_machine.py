@@ -9,10 +9,11 @@ import pytest
 from btx_megatron.columns import columns
 from btx_megatron.errors import UserError
 from btx_megatron.launch import machine
+from btx_megatron.launch.allocation import Allocation
 from btx_megatron.launch.display import PlainDisplay, clock, end_line, how_far, pace
-from btx_megatron.launch.machine import Machine, check_packages, this_machine
+from btx_megatron.launch.machine import Machine, this_machine
 from btx_megatron.pipeline import PipelineStage
-from btx_megatron.recipe import Layout
+from btx_megatron.recipe import Layout, Recipe
 from btx_megatron.runtime import cores as cores_module
 from btx_megatron.runtime.outcome import Outcome
 from btx_megatron.runtime.progress import ProgressRecord
@@ -47,11 +48,13 @@ def test_gpus_are_not_shared_but_cores_are() -> None:
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     stages = [PipelineStage("prepare", "prepare", ()), PipelineStage("seed", "train", ())]
-    check_packages(stages)
+    recipe, here = Recipe(), Machine(cores=1)
+    here.check_packages(recipe, stages)
     monkeypatch.setattr(machine, "find_spec", lambda package: None)
-    check_packages(stages[:1])
+    here.check_packages(recipe, stages[:1])
+    Allocation(cores=1, container=True).check_packages(recipe, stages)  # they are looked for in the image
     with pytest.raises(UserError, match="stage seed needs the package megatron, which is not installed here"):
-        check_packages(stages)
+        here.check_packages(recipe, stages)
 
 
 def record(

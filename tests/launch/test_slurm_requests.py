@@ -18,6 +18,7 @@ from btx_megatron.pipeline import stages_of
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_checks import check_recipe
 from btx_megatron.recipe_file import parse_recipe
+from btx_megatron.recipe_slurm_checks import time_limit_seconds
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,8 +60,38 @@ def test_each_stage_asks_for_what_it_needs() -> None:
     assert "--output=/logs/expert-a.log" in a.options
     assert a.after == ("prepare", "seed")
     for request in found.values():
-        assert {"--requeue", "--open-mode=append", "--signal=B:USR1@300"} <= set(request.options)
+        assert {"--requeue", "--open-mode=append", "--propagate=NONE"} <= set(request.options)
+        resumed = request.script in ("expert.sbatch", "finetune.sbatch", "prepare.sbatch")
+        assert ("--signal=B:USR1@300" in request.options) == resumed
         assert (ROOT / "slurm" / request.script).exists()
+
+
+def test_a_job_of_all_gpus_takes_all_of_the_node() -> None:
+    """Without a word on cores Slurm would give it one, and eight ranks would share that."""
+    found = requests(recipe_of({}))
+    assert {"--gres=gpu:8", "--exclusive", "--mem=0"} <= set(found["expert:a"].options)
+    assert {"--gres=gpu:1"} <= set(found["expert:b"].options)
+    assert "--exclusive" not in found["expert:b"].options + found["mix"].options
+    for slurm in ({"cpus_per_node": 96}, {"exclusive": False}):
+        assert "--exclusive" not in requests(recipe_of(slurm))["expert:a"].options
+    assert "--mem=1T" in requests(recipe_of({"exclusive": True, "mem": "1T"}))["mix"].options
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("24:00:00", 86_400),
+        ("2-12", 216_000),
+        ("2-12:30", 217_800),
+        ("1-00:00:05", 86_405),
+        ("UNLIMITED", None),
+        ("soon", None),
+    ],
+)
+def test_time_limits(text: str, seconds: int | None) -> None:
+    assert time_limit_seconds(text) == seconds
 
 
 def test_without_gpus_none_are_asked_for() -> None:
@@ -73,6 +104,8 @@ def test_without_gpus_none_are_asked_for() -> None:
     ("slurm", "message"),
     [
         ({"time": "a day"}, "slurm.time 'a day': no time of Slurm's; write it as 24:00:00"),
+        ({"time": "5"}, "slurm.time 5 is no longer than slurm.signal_seconds 300"),
+        ({"stages": {"expert:a": {"time": "4:59"}}}, "slurm.stages.expert:a.time 4:59 is no longer than"),
         ({"cpu": {"cpus_per_node": 0}}, "slurm.cpu.cpus_per_node 0: must be at least 1"),
         ({"stages": {"expert:c": {}}}, "slurm.stages.expert:c: no such stage; the recipe has prepare, seed"),
         ({"options": ["nice"]}, "an option of sbatch begins with '-'"),
