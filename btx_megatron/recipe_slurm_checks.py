@@ -27,8 +27,8 @@ def slurm_problems(recipe: Recipe, stages: Collection[str]) -> Iterator[str]:
         seconds = time_limit_seconds(job.time) if job.time else None
         if seconds is not None and seconds <= slurm.signal_seconds:
             yield (
-                f"{key}.time {job.time} is no longer than slurm.signal_seconds {slurm.signal_seconds}, so that "
-                "jobs would be told to save before they have begun; raise it, or lower signal_seconds"
+                f"{key}.time {job.time} is no longer than slurm.signal_seconds {slurm.signal_seconds}, so "
+                "that jobs would be told to save before they have begun; raise it, or lower signal_seconds"
             )
     yield from _job_problems("slurm.cpu", slurm.cpu)
     known = [*dict.fromkeys(name.partition(":")[0] for name in stages), *(n for n in stages if ":" in n)]
@@ -44,7 +44,7 @@ def slurm_problems(recipe: Recipe, stages: Collection[str]) -> Iterator[str]:
 
 
 def time_limit_seconds(time: str) -> int | None:
-    """Seconds of a time limit as Slurm writes it: minutes, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``, ``D-H:M:S``;
+    """Seconds of a time limit in Slurm's form: minutes, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``, ``D-H:M:S``;
     None for one without end, or that is no time."""
     if not _TIME.fullmatch(time) or time[0].isalpha():
         return None

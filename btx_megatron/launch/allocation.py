@@ -64,8 +64,8 @@ class Allocation(Machine):
             most = int(here) if here.isdigit() and self.needs_gpu else stage.ranks
             if stage.ranks % nodes or stage.ranks // nodes > most:
                 raise UserError(
-                    f"stage {stage.name}: {stage.ranks} ranks do not lie on the job's {nodes} nodes of {most} "
-                    "GPUs: its layout was changed; btx cancel, then btx submit"
+                    f"stage {stage.name}: {stage.ranks} ranks do not fit the job's {nodes} nodes of {most} "
+                    "GPUs, its layout was changed; btx cancel, then btx submit"
                 )
             worker = (
                 f"-m torch.distributed.run --nnodes={nodes} --node-rank=$SLURM_NODEID "

@@ -36,8 +36,8 @@ def start_ranks(timeout: timedelta = TIMEOUT) -> None:
     _quiet_logs()
     if NEEDS_GPU in os.environ and not cpu_backend.have_cuda():
         raise StageFailed(
-            f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: torch finds no GPU, though the stage "
-            "was given one; look at nvidia-smi there, and in a container at NVIDIA_VISIBLE_DEVICES"
+            f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: torch finds no GPU, though the "
+            "stage was given one; look at nvidia-smi there, and in a container at NVIDIA_VISIBLE_DEVICES"
         )
     cpu_backend.install()
     if cpu_backend.have_cuda():
