@@ -238,7 +238,10 @@ def environment_text(recipe: Recipe, code: Path) -> str:
 
 def _write_submit_script(requests: list[JobRequest], run: RunFolder) -> None:
     """submit.sh: the commands of sbatch, for whoever wants to read or to send them."""
-    names = {request.stage: _variable(request.stage) for request in requests}
+    names: dict[str, str] = {}
+    for request in requests:
+        name = "".join(letter if letter.isalnum() else "_" for letter in request.stage)
+        names[request.stage] = f"{name}_{len(names)}" if name in names.values() else name  # of a-b and a_b
     lines = [
         "#!/bin/bash",
         "# What btx submit does, by hand. Jobs sent so are not known to btx status.",
@@ -251,10 +254,6 @@ def _write_submit_script(requests: list[JobRequest], run: RunFolder) -> None:
             command[2:2] = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
         lines.append(f"{names[request.stage]}=$({' '.join(command)})")
     write_durably(slurm_folder(run) / "scripts" / "submit.sh", "\n".join(lines) + "\n")
-
-
-def _variable(stage: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in stage)
 
 
 def _sbatch(request: JobRequest, run: RunFolder, after: tuple[int, ...]) -> list[str]:
