@@ -79,7 +79,7 @@ command -v cc >/dev/null || command -v gcc >/dev/null || export TORCHDYNAMO_DISA
 
 wanted=${*:-tests benchmark}
 if [[ $wanted == *tests* ]]; then
-    timeout "${SECONDS_FOR_TESTS:-260}" "$python" -m pytest -q -m gpu tests/gpu -p no:cacheprovider \
+    timeout "${SECONDS_FOR_TESTS:-260}" "$python" -m pytest -v -m gpu tests/gpu -p no:cacheprovider \
         --junitxml="$out/tests.xml" --durations=15 >"$out/tests.log" 2>&1 || failed=1
     tail -n 60 "$out/tests.log"
     echo "== tests: $SECONDS s"
