@@ -1,7 +1,7 @@
 """What FP8 and the other things that need a GPU ask of a recipe.
 
 Whether the machine has what they need is another question, which is asked where a stage is started
-(``launch.machine``) and by its ranks (``model.hardware``): recipes are planned and submitted elsewhere.
+(``launch.machine``) and by its ranks (``model.implementation``): recipes are planned and submitted elsewhere.
 """
 
 from __future__ import annotations
@@ -98,14 +98,9 @@ def _size_problems(key: str, stage: Stage, recipe: Recipe, is_moe: bool) -> Iter
     """Sizes that are cut over TP and do not come out as multiples of the alignment."""
     model, layout, training = recipe.model, stage.layout, stage.training
     tp = layout.tensor_model_parallel_size
-    ffn, cut = (
-        (recipe.expert_ffn_hidden_size, layout.expert_tensor_parallel_size or tp)
-        if is_moe
-        else (
-            model.ffn_hidden_size,
-            tp,
-        )
-    )
+    ffn, cut = model.ffn_hidden_size, tp
+    if is_moe:
+        ffn, cut = recipe.expert_ffn_hidden_size, layout.expert_tensor_parallel_size or tp
     heads = model.num_attention_heads * (model.kv_channels or model.hidden_size // model.num_attention_heads)
     tokens = model.seq_length * training.micro_batch_size // layout.context_parallel_size
     sizes = {

@@ -23,7 +23,7 @@ class Layout:
     """ETP: tensor parallel size inside an expert; null is TP."""
     context_parallel_size: int = 1
     """CP: each sample is cut along the sequence over so many ranks, attention included; needs Transformer
-    Engine."""
+    Engine, and is not built yet: 1."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Interleaved pipeline: each rank holds several chunks of so many layers, from different depths, which
     shrinks the pipeline's bubble. Null: one chunk a rank."""

@@ -37,8 +37,8 @@ def _context_parallel_problems(key: str, layout: Layout) -> Iterator[str]:
         )
     if cp > 1:
         yield (
-            f"{key}.context_parallel_size {cp}: models are built from Megatron's local layers here, whose "
-            "attention cannot be cut along the sequence; set it to 1"
+            f"{key}.context_parallel_size {cp}: samples are not cut along the sequence here yet, with any "
+            "layers; set it to 1"
         )
 
 

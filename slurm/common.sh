@@ -43,6 +43,7 @@ btx_stage() {
     local before code last
     before=$(btx_saved)
     echo "== job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, $(date -u +%FT%TZ): $BTX_STAGE on $SLURM_JOB_NODELIST"
+    [[ $cancelled ]] && exit 75
     if [[ $time_is_up ]]; then
         btx_requeue "the time was up before anything was started"
         exit 75

@@ -72,12 +72,12 @@ class Allocation(Machine):
                 f"--nproc-per-node={stage.ranks // nodes} --master-addr={self.address} "
                 f"--master-port={_FIRST_PORT + self.job_id % _PORTS} {worker}"
             )
-        # the guardian of a process is on the first node alone; Slurm ends the ranks with their job
         # an image's own PYTHONPATH would hide the frozen code
         variables = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
         if of_models and self.needs_gpu:
             variables[NEEDS_GPU] = "1"
         exports = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items() if value)
+        # the guardian of a process is on the first node alone; Slurm ends the ranks with their job
         line = f"unset BTX_GUARDIAN_PID; {exports} exec {shlex.quote(_python())} {worker}"
         return [
             "srun",

@@ -160,10 +160,13 @@ def cancel(recipe: Recipe, now: bool = False) -> list[str]:
     lines = []
     for stage, number in [*waiting.items(), *((s, n) for s, n in alive.items() if s not in waiting)]:
         gently = stage not in waiting and not now
-        gently = gently and _end_job(number, "--batch", "--signal=TERM")
-        if not gently:  # it waits, or went back into the queue a moment ago
-            _end_job(number)
-        lines.append(f"{stage}: job {number} {'saves and ends' if gently else 'is cancelled'}")
+        if gently and _end_job(number, "--batch", "--signal=TERM"):
+            how = "saves and ends"
+        elif _end_job(number):  # it waits, or went back into the queue a moment ago
+            how = "is cancelled"
+        else:
+            how = "has just ended, or cannot be cancelled at this moment; say it again"
+        lines.append(f"{stage}: job {number} {how}")
     return lines or [f"nothing to cancel: no job of {run.path} is queued"]
 
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from btx_megatron.errors import UserError
 from btx_megatron.expert_masks import masks_experts
-from btx_megatron.model.implementation import TRANSFORMER_ENGINE, check_stage, transformer_impl
+from btx_megatron.model.implementation import LOCAL, TRANSFORMER_ENGINE, check_stage, transformer_impl
 from btx_megatron.recipe import Layout, Recipe, Stage, Training
 
 # off: what needs apex, or Transformer Engine. TE's own layers add up gradients by themselves (model.build)
@@ -21,7 +21,7 @@ _LOCAL: dict[str, Any] = {
     "persist_layer_norm": False,
     "apply_rope_fusion": False,
     "cross_entropy_loss_fusion": False,
-    "transformer_impl": "local",
+    "transformer_impl": LOCAL,
     "use_te_activation_func": True,  # the backend's: ours
 }
 _TRANSFORMER_ENGINE: dict[str, Any] = {
@@ -31,7 +31,7 @@ _TRANSFORMER_ENGINE: dict[str, Any] = {
     "apply_rope_fusion": True,
     "cross_entropy_loss_fusion": True,
     "cross_entropy_fusion_impl": "te",
-    "transformer_impl": "transformer_engine",
+    "transformer_impl": TRANSFORMER_ENGINE,
 }
 
 

@@ -36,4 +36,4 @@ def test_each_build_takes_the_others_weights(result: dict[str, Any]) -> None:
 def test_fp8_reaches_megatron(result: dict[str, Any]) -> None:
     kinds = ("delayed", "tensorwise", "blockwise")
     wanted = {"none": [None, "delayed", False]} | {kind: ["hybrid", kind, True] for kind in kinds}
-    assert result.get("fp8", wanted) == wanted
+    assert result["fp8"] == wanted

@@ -118,12 +118,12 @@ def main() -> None:
         for experts, grouped in cases:
             case = f"{name} {experts} {'grouped' if grouped else 'sequential'}"
             result[case] = round_trip(folder / case.replace(" ", "-"), layout, experts, grouped)
-    if world == 1:
-        configs = {}
-        for kind, training in FP8.items():
-            config = build("transformer_engine", Layout(), EXPERTS, training).module.config  # type: ignore[union-attr]
-            configs[kind] = [config.fp8, str(config.fp8_recipe), config.moe_router_padding_for_quantization]
-        result["fp8"] = configs
+    configs = {}
+    for kind, training in FP8.items():
+        model = build("transformer_engine", Layout(data_parallel_size=world), EXPERTS, training)
+        config = model.module.config  # type: ignore[union-attr]
+        configs[kind] = [config.fp8, str(config.fp8_recipe), config.moe_router_padding_for_quantization]
+    result["fp8"] = configs
     if torch.distributed.get_rank() == 0:
         (folder / f"result{world}.json").write_text(json.dumps(result, indent=1))
     ranks.stop_ranks()

@@ -52,7 +52,7 @@ def test_a_run_of_one_build_goes_on_in_the_other(tmp_path: Path) -> None:
 
 
 def test_the_local_build_computes_on_the_gpu_what_it_does_on_a_cpu() -> None:
-    from layout_losses import cpu_losses
+    from cpu_losses import cpu_losses
 
     fp32: dict[str, Any] = {"training": {"bf16": False}}
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -120,6 +120,10 @@ def test_refusals(slurm: dict[str, Any], message: str) -> None:
     assert message in str(error.value)
 
 
+def test_stages_that_are_not_signalled_may_be_short() -> None:
+    recipe_of({"stages": {"mix": {"time": "5"}, "evaluate": {"time": "4:00"}}})
+
+
 def test_ranks_that_fill_no_nodes() -> None:
     with pytest.raises(
         UserError, match=r"stage expert:a: 16 ranks do not fill nodes of slurm.gpus_per_node 6"

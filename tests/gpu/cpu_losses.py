@@ -1,6 +1,6 @@
 """Losses of the same runs on this machine's CPU, in a process that sees no GPU.
 
-python layout_losses.py EXPERTS (0: dense) prints them as JSON.
+python cpu_losses.py EXPERTS (0: dense) prints them as JSON.
 """
 
 from __future__ import annotations
