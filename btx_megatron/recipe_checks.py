@@ -326,3 +326,9 @@ def _schedule_problems(key: str, training: Training, iters: int | None) -> Itera
 def _evaluate_problems(recipe: Recipe) -> Iterator[str]:
     yield from at_least("evaluate", recipe.evaluate, 1, ("micro_batch_size",))
     yield from layout_problems("evaluate.layout", recipe.evaluate.layout, recipe, has_moe(recipe))
+    cp = recipe.evaluate.layout.context_parallel_size
+    if cp > 1:
+        yield (
+            f"evaluate.layout.context_parallel_size {cp}: held-out losses are computed over whole sequences; "
+            "set it to 1 (data_parallel_size shares the windows out)"
+        )

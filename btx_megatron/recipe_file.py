@@ -88,7 +88,7 @@ def parse_recipe(tree: DictConfig | dict[str, Any], where: str = "recipe") -> Re
         stages = dict.fromkeys(("seed", "finetune"), inherited)
         stages |= dict.fromkeys(MATCHED_STAGES, _without_train_iters(inherited))
         stages["experts"] = dict.fromkeys(names, inherited)
-        evaluate = {key: value for key, value in inherited.items() if key == "layout"}
+        evaluate = _without_context_parallelism(inherited)
         defaults = OmegaConf.create({"stages": stages, "evaluate": evaluate})
         recipe = OmegaConf.to_object(OmegaConf.unsafe_merge(typed_schema, defaults, tree))  # used up
     except OmegaConfBaseException as error:
@@ -98,6 +98,13 @@ def parse_recipe(tree: DictConfig | dict[str, Any], where: str = "recipe") -> Re
         raise UserError(f"{where}: {_one_line(error)}") from None
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def _without_context_parallelism(inherited: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation's layout: it reads whole sequences."""
+    if "layout" not in inherited:
+        return {}
+    return {"layout": {k: v for k, v in inherited["layout"].items() if k != "context_parallel_size"}}
 
 
 def _without_train_iters(inherited: dict[str, Any]) -> dict[str, Any]:

@@ -18,12 +18,12 @@ class Layout:
     data_parallel_size: int = 1
     """DP: so many copies of the model, each with its own share of every batch."""
     expert_model_parallel_size: int = 1
-    """EP: the experts of the MoE are shared out over so many ranks; divides TP x DP."""
+    """EP: the experts of the MoE are shared out over so many ranks; divides TP x CP x DP."""
     expert_tensor_parallel_size: int | None = None
     """ETP: tensor parallel size inside an expert; null is TP."""
     context_parallel_size: int = 1
-    """CP: each sample is cut along the sequence over so many ranks, attention included; needs Transformer
-    Engine, and is not built yet: 1."""
+    """CP: each sample is cut along the sequence over so many ranks, attention included, whose keys and values
+    travel. For training; an evaluation reads whole sequences."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Interleaved pipeline: each rank holds several chunks of so many layers, from different depths, which
     shrinks the pipeline's bubble. Null: one chunk a rank."""

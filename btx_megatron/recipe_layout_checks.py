@@ -6,7 +6,6 @@ Rules are written as in recipe_checks: the first problem is raised, and each rul
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 from btx_megatron.recipe import Layout, Model, Recipe
 from btx_megatron.recipe_numbers import at_least
@@ -19,7 +18,7 @@ def layout_problems(key: str, layout: Layout, recipe: Recipe, is_moe: bool) -> I
     yield from _tensor_parallel_problems(key, layout, recipe.model)
     if is_moe:
         yield from _expert_parallel_problems(key, layout, recipe)
-    yield from _context_parallel_problems(key, layout)
+    yield from _context_parallel_problems(key, layout, recipe.model)
     yield from _pipeline_problems(key, layout, recipe.model.num_layers)
     yield from _recompute_problems(key, layout)
     if layout.overlap_param_gather and not layout.use_distributed_optimizer:
@@ -28,17 +27,19 @@ def layout_problems(key: str, layout: Layout, recipe: Recipe, is_moe: bool) -> I
         yield f"{key}.overlap_param_gather needs overlap_grad_reduce: true"
 
 
-def _context_parallel_problems(key: str, layout: Layout) -> Iterator[str]:
-    cp = layout.context_parallel_size
-    if cp > 1 and find_spec("transformer_engine") is None:
+def _context_parallel_problems(key: str, layout: Layout, model: Model) -> Iterator[str]:
+    cp, tp = layout.context_parallel_size, layout.tensor_model_parallel_size
+    if cp == 1:
+        return
+    if model.seq_length % (2 * cp):
         yield (
-            f"{key}.context_parallel_size {cp} needs Transformer Engine, whose attention hands keys and "
-            "values around; the package transformer_engine is not installed here: set it to 1"
+            f"{key}.context_parallel_size {cp}: model.seq_length {model.seq_length} is cut into 2 x {cp} pieces, "
+            f"and must be a multiple of {2 * cp}"
         )
-    if cp > 1:
+    if layout.sequence_parallel and model.seq_length // cp % tp:
         yield (
-            f"{key}.context_parallel_size {cp}: samples are not cut along the sequence here yet, with any "
-            "layers; set it to 1"
+            f"{key}.context_parallel_size {cp}: model.seq_length {model.seq_length} / {cp} must be a multiple of "
+            f"tensor_model_parallel_size {tp}, for sequence_parallel cuts it again"
         )
 
 
@@ -149,10 +150,12 @@ def _expert_parallel_problems(key: str, layout: Layout, recipe: Recipe) -> Itera
             f"{key}.expert_tensor_parallel_size {etp} must divide model.ffn_hidden_size "
             f"{recipe.model.ffn_hidden_size}{cut}"
         )
-    ranks = tp * layout.data_parallel_size
+    cp = layout.context_parallel_size
+    ranks = tp * cp * layout.data_parallel_size
     if ranks % (etp * ep):
+        of_cp = f"context_parallel_size {cp} x " if cp > 1 else ""
         yield (
-            f"{key}: tensor_model_parallel_size {tp} x data_parallel_size {layout.data_parallel_size} = "
+            f"{key}: tensor_model_parallel_size {tp} x {of_cp}data_parallel_size {layout.data_parallel_size} = "
             f"{ranks} ranks are not divisible by expert_tensor_parallel_size {etp} x "
             f"expert_model_parallel_size {ep} = {etp * ep}; raise data_parallel_size or set "
             "expert_tensor_parallel_size: 1"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from btx_megatron.model.kernels import rms_norm, rotate, rotation_table, swiglu
+from btx_megatron.model.routers import replace_quietly
 
 
 class RMSNorm(torch.nn.Module):
@@ -41,11 +43,15 @@ class CausalAttention(DotProductAttention):
     """Causal core attention through torch's scaled_dot_product_attention.
 
     Megatron's local core attention builds the [B*N, S, S] score matrix; this one does not. It turns queries
-    and keys itself, by the angles that RotaryAttention leaves here.
+    and keys itself, by the angles that RotaryAttention leaves here. Under context parallelism, which Megatron's
+    refuses, keys and values of all ranks are gathered, and each rank's two pieces of queries see those before.
     """
 
     _angles: Tensor | None = None
     _table: tuple[Tensor, Tensor]
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(replace_quietly(config, context_parallel_size=1), *args, **kwargs)
 
     def turn_by(self, angles_S11D: Tensor | None, dtype: torch.dtype) -> None:
         """Angles of the next forward pass: Megatron's table, the same object for each length."""
@@ -59,6 +65,8 @@ class CausalAttention(DotProductAttention):
         """query [S, B, N, D], key and value [S, B, groups, D] -> [S, B, N*D]. The mask is always causal."""
         if self._angles is not None:
             query, key = rotate(query, *self._table), rotate(key, *self._table)
+        if parallel_state.get_context_parallel_world_size() > 1:
+            key, value = all_positions(key), all_positions(value)
         q_BNSD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.attention_dropout.p if self.training else 0.0
         if dropout and not self.config.sequence_parallel:
@@ -71,15 +79,59 @@ class CausalAttention(DotProductAttention):
         return out_BNSD.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            dropout_p=dropout,
-            scale=self.softmax_scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        options: dict[str, Any] = {
+            "dropout_p": dropout,
+            "scale": self.softmax_scale,
+            "enable_gqa": q.shape[1] != k.shape[1],
+        }
+        if q.shape[2] == k.shape[2]:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        # context parallelism: two pieces of queries, from the front and from the back of the sequence
+        parts = []
+        for piece, number in zip(q.chunk(2, dim=2), cp_pieces(), strict=True):
+            end = (number + 1) * piece.shape[2]
+            mask = torch.ones(piece.shape[2], end, dtype=torch.bool, device=q.device).tril(
+                end - piece.shape[2]
+            )
+            parts.append(
+                F.scaled_dot_product_attention(
+                    piece, k[:, :, :end], v[:, :, :end], attn_mask=mask, **options
+                )
+            )
+        return torch.cat(parts, dim=2)
+
+
+def cp_pieces() -> tuple[int, int]:
+    """The numbers of this rank's two pieces of the sequence, of 2 CP."""
+    rank = parallel_state.get_context_parallel_rank()
+    return rank, 2 * parallel_state.get_context_parallel_world_size() - 1 - rank
+
+
+def all_positions(part: Tensor) -> Tensor:
+    """[S / CP, ...], this rank's two pieces -> [S, ...] in the order of positions; a collective of CP."""
+    return _AllPositions.apply(part)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _AllPositions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        size = parallel_state.get_context_parallel_world_size()
+        parts = part.new_empty(size * len(part), *part.shape[1:])
+        group = parallel_state.get_context_parallel_group()
+        torch.distributed.all_gather_into_tensor(parts, part.contiguous(), group=group)
+        pieces = parts.chunk(2 * size)  # front and back of each rank in turn
+        return torch.cat((*pieces[::2], *pieces[::-2]))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        """Each rank's queries have a gradient for all keys: summed, each gets its own two pieces back."""
+        size = parallel_state.get_context_parallel_world_size()
+        pieces = grad.chunk(2 * size)
+        parts = torch.cat([piece for r in range(size) for piece in (pieces[r], pieces[2 * size - 1 - r])])
+        mine = torch.empty_like(parts[: len(parts) // size])
+        group = parallel_state.get_context_parallel_group()
+        torch.distributed.reduce_scatter_tensor(mine, parts, group=group)
+        return mine
 
 
 class RotaryAttention(SelfAttention):

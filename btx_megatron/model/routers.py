@@ -34,7 +34,9 @@ class BatchContext:
     sample_index: Tensor | None = None
     """[B] global index of each sample in the training order."""
     loss_mask: Tensor | None = None
-    """[B, S] 1 where a token counts, 0 where it only fills up a window."""
+    """[B, S] 1 where a token counts, 0 where it only fills up a window; this rank's part of the sequence."""
+    positions: Tensor | None = None
+    """[S] where in the sample the tokens of that part stand."""
     allowed_experts: Tensor | None = None
     """[B, E] the experts that a sample's tokens may take (bool); None: all."""
 
@@ -216,8 +218,10 @@ class SampleTop1Router(Router):
     def _noise(self, context: BatchContext, sequence: int, batch: int, device: torch.device) -> Tensor:
         """Gumbel noise [T, E] of this rank's tokens."""
         sample_B = context.sample_index if context.sample_index is not None else torch.arange(batch)
-        first = first_position(sequence, context)
-        position_S = torch.arange(first, first + sequence, device=device)
+        if context.positions is None:
+            position_S = torch.arange(sequence, device=device)
+        else:
+            position_S = context.positions[first_position(sequence, context) :][:sequence]
         assert self.layer_number is not None
         place = (self._seed, context.step, self.layer_number, sample_B, position_S)
         return gumbel_noise(*place, self.num_experts).view(-1, self.num_experts)
@@ -293,9 +297,9 @@ def replace_quietly(config: Any, **changes: Any) -> Any:
 
 
 def first_position(sequence: int, context: BatchContext) -> int:
-    """Where this rank's share of the sequence, ``sequence`` positions, begins.
+    """Where this rank's share of the sequence, ``sequence`` positions, begins in ``context``'s tensors.
 
-    With sequence parallelism the TP ranks hold equal pieces, in order.
+    With sequence parallelism the TP ranks hold equal pieces, in order, of what is left by context parallelism.
     """
     if context.loss_mask is None or sequence == context.loss_mask.shape[1]:
         return 0
@@ -313,8 +317,8 @@ _BALANCING_LOSSES = {
 def take_balancing_loss() -> float:
     """Balancing loss (without alpha) since the last call, summed over this rank's layers and micro-batches.
 
-    Sums over ranks give what all TP ranks together hold: the paper's loss is whole on every TP rank and
-    counts on the first alone, Megatron's come in parts. The global one is a loss of all DP ranks' tokens, of
+    Sums over ranks give what all TP and CP ranks together hold: the paper's loss is whole on every one of them
+    and counts on the first alone, Megatron's come in parts. The global one is a loss of all DP ranks' tokens, of
     which each holds its part: here it counts DP times, as if each had one of its own.
     """
     tracker, total = get_moe_metrics_tracker(), 0.0
@@ -323,7 +327,8 @@ def take_balancing_loss() -> float:
         if entry is None:
             continue
         whole = entry.reduce_group is None
-        if not whole or parallel_state.get_tensor_model_parallel_rank() == 0:
+        first = parallel_state.get_tensor_and_context_parallel_rank() == 0
+        if not whole or first:
             times = parallel_state.get_data_parallel_world_size() if of_all else 1
             total += float(entry.values.sum()) * times
     tracker.clear()

@@ -73,6 +73,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)  # rotary positions under context parallelism: memory that a GPU reads
         return factory(*args, **kwargs)
 
     return make

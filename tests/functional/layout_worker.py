@@ -41,6 +41,7 @@ TP2_SP = Layout(tensor_model_parallel_size=2, sequence_parallel=True)
 DP2_DISTRIBUTED = Layout(data_parallel_size=2, use_distributed_optimizer=True)
 EP2 = Layout(data_parallel_size=2, expert_model_parallel_size=2)
 PP2 = Layout(pipeline_model_parallel_size=2)
+CP2 = Layout(context_parallel_size=2)
 OVERLAP = replace(DP2_DISTRIBUTED, overlap_grad_reduce=True, overlap_param_gather=True)
 INTERLEAVED = replace(PP2, num_layers_per_virtual_pipeline_stage=1)
 FIRST_3 = replace(PP2, decoder_first_pipeline_num_layers=3)
@@ -54,6 +55,7 @@ LAYOUTS = {
         "DP2": Layout(data_parallel_size=2),
         "DP2+distributed": DP2_DISTRIBUTED,
         "DP2+distributed+overlap": OVERLAP,
+        "CP2": CP2,
     },
     "deep": {
         "PP2 interleaved": INTERLEAVED,
@@ -66,6 +68,8 @@ LAYOUTS = {
         "TP2+SP": TP2_SP,
         "TP2+SP+EP2": replace(TP2_SP, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
         "PP2": PP2,
+        "CP2": CP2,
+        "CP2+EP2": replace(CP2, expert_model_parallel_size=2),
     },
     "gathered": {
         "EP2": EP2,
@@ -74,7 +78,13 @@ LAYOUTS = {
     "switch": {"EP2": EP2, "TP2+SP": TP2_SP},
 }
 ON_4_RANKS = {
-    "dense": {"TP2PP2": replace(PP2, tensor_model_parallel_size=2)},
+    "dense": {
+        "TP2PP2": replace(PP2, tensor_model_parallel_size=2),
+        "CP2+TP2+SP": replace(TP2_SP, context_parallel_size=2),
+        "CP2+PP2": replace(PP2, context_parallel_size=2),
+        "CP2+DP2+distributed": replace(DP2_DISTRIBUTED, context_parallel_size=2),
+        "CP4": Layout(context_parallel_size=4),
+    },
     "deep": {
         "TP2+SP, PP2 interleaved": replace(INTERLEAVED, tensor_model_parallel_size=2, sequence_parallel=True),
         "DP2+overlap, PP2 interleaved": replace(
@@ -85,6 +95,9 @@ ON_4_RANKS = {
         "TP2+SP+EP2, ETP1": replace(TP2_EP2, expert_tensor_parallel_size=1),
         "TP2+SP+EP2, ETP2": replace(TP2_EP2, expert_tensor_parallel_size=2),
         "PP2+EP2": replace(EP2, pipeline_model_parallel_size=2),
+        "CP2+TP2+SP+EP2, ETP1": replace(
+            TP2_SP, context_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1
+        ),
         "EP2, DP4+distributed": replace(EP2, data_parallel_size=4, use_distributed_optimizer=True),
     },
     "gathered": {"TP2+SP+EP2, ETP2": replace(TP2_EP2, expert_tensor_parallel_size=2)},

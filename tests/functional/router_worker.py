@@ -16,7 +16,7 @@ from typing import Any
 import layout_worker
 import numpy as np
 import torch
-from layout_worker import EP2, EXPERTS, FULL, PP2, TP2_SP, Run
+from layout_worker import CP2, EP2, EXPERTS, FULL, PP2, TP2_SP, Run
 
 from btx_megatron.recipe import Layout, Moe
 from btx_megatron.runtime import ranks
@@ -39,7 +39,7 @@ MOES = {
     "masked normalised": Moe(moe_router_logit_norm_scale=1.5, moe_router_time_mask=True),
 }
 MASKED = tuple(kind for kind in MOES if kind.startswith("masked"))
-LAYOUTS = {"EP2": EP2, "TP2+SP": TP2_SP}
+LAYOUTS = {"EP2": EP2, "TP2+SP": TP2_SP, "CP2": CP2}
 RECOMPUTED = {
     "kept": Layout(),
     "full": FULL,

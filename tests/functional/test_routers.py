@@ -1,4 +1,4 @@
-"""Every router and every balancing loss under one process, EP2 and TP2+SP: the same losses."""
+"""Every router and every balancing loss under one process, EP2, TP2+SP and CP2: the same losses."""
 
 from __future__ import annotations
 
