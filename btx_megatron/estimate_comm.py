@@ -1,9 +1,10 @@
 """Bytes that the ranks send each other in a training step, by closed formulas, before anything runs.
 
 What "bytes" means is said in btx_megatron.traffic. The formulas follow what Megatron-Core 0.19 does, and are
-checked against the meter's count (tests/functional/test_communication.py). L layers on the rank, h hidden,
-T tokens of a micro-batch, m micro-batches a step and rank, k experts a token, t and d the sizes of TP and DP;
-"act" is T x h in the compute type (fp32 4 bytes, bf16 2). Handed in by one rank in a step:
+checked against the meter's count (tests/functional/test_communication.py). L layers on the rank, h hidden, w
+width of a token's keys (or values), T tokens of a micro-batch (of its part under context parallelism), m
+micro-batches a step and rank, k experts a token, t, c and d the sizes of TP, CP and DP x CP; "act" is T x h
+in the compute type, whose numbers have e bytes (fp32 4, bf16 2). Handed in by one rank in a step:
 
 | group | when | collective | bytes |
 |---|---|---|---|
@@ -13,23 +14,28 @@ T tokens of a micro-batch, m micro-batches a step and rank, k experts a token, t
 | tp, SP | head, forward and backward | all_gather, reduce_scatter | m 2 act / t, m act |
 | tp | cross entropy: maximum, logit of the label, sum | all_reduce | m 3 T x 4 |
 | tp, SP | gradients of norms and router, which see a slice each | all_reduce | 4 a weight, once |
+| cp | keys and values of all positions, forward | all_gather | m L 2 T w e / t |
+| cp | their gradients, backward | reduce_scatter | c times that |
 | pp | to the next stage, and back | send | m act each way (SP: / t) |
 | dp | gradients in fp32 | all_reduce | 4 a weight, once a step, whatever m |
 | dp | ... with the distributed optimizer | reduce_scatter | 4 a weight, padded |
 | dp | ... its new weights | all_gather | 4 or 2 a weight, / d |
-| edp | the same for the experts of this rank, over the ranks that hold the same ones | | |
+| edp | the same for the experts of this rank, over the ranks that hold the same ones [1] | | |
 | ep | alltoall: rows out and back, forward and backward | all_to_all | m L (4 k act + 2 k T x 4), / t |
 | etp | alltoall: the rows over the ranks of an expert | all_gather, reduce_scatter | see _expert_tensor |
 | etp x ep | allgather: rows, gates, routes out; sums back | all_gather, reduce_scatter | see _allgather |
 
-So data parallelism costs by the step, the others by the token. A MoE without ``overlap_param_gather`` gathers
-all its new weights twice: Megatron steps one distributed optimizer for the experts and one for the rest, and
-each of them gathers for both.
+[1] Under EP, or with ETP other than TP; else the experts are reduced with the rest.
+
+So data parallelism costs by the step, the others by the token. Where experts are reduced apart, without
+``overlap_param_gather``, all new weights are gathered twice: Megatron steps one distributed optimizer for the
+experts and one for the rest, and each of them gathers for both.
 
 Left out, together below 0.1 % of any model worth training: scalars (loss, token count, gradient norm), the
 token counts of the dispatcher, the router's balancing sums. Routes are taken as even over the experts: what
-is handed in does not depend on that, the wire bytes of an all-to-all do. Not covered: context parallelism,
-interleaved pipelines, activation recomputation (it repeats the forward collectives of tp and ep).
+is handed in does not depend on that, the wire bytes of an all-to-all do. Not covered: interleaved pipelines,
+activation recomputation (it repeats the forward collectives of tp, cp and ep). With context parallelism
+Transformer Engine's attention passes keys and values round a ring instead, and their gradients with them.
 """
 
 from __future__ import annotations
@@ -106,19 +112,18 @@ def step_traffic(setup: Setup, ranks_per_node: int) -> Traffic:
 
 
 class _Rank:
-    """One rank: its groups (Megatron's order of ranks: TP fastest, then DP, then PP) and what it hands in."""
+    """One rank: its groups (Megatron's order of ranks: TP fastest, then CP, DP, PP) and what it hands in."""
 
     def __init__(self, setup: Setup, rank: int, ranks_per_node: int) -> None:
         self.setup, self.rank, self.ranks_per_node = setup, rank, ranks_per_node
         layout = setup.layout
-        tp, dp, pp = (
-            layout.tensor_model_parallel_size,
-            layout.data_parallel_size,
-            layout.pipeline_model_parallel_size,
-        )
+        tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+        cp = layout.context_parallel_size
+        dp = cp * layout.data_parallel_size  # gradients are reduced over both
         moe = setup.num_experts is not None
         ep = layout.expert_model_parallel_size if moe else 1
         etp = (layout.expert_tensor_parallel_size or tp) if moe else 1
+        self.experts_apart = ep > 1 or etp != tp
         self.stage, inner = divmod(rank, tp * dp)
         first = self.stage * tp * dp
         of_tp, of_etp = inner % tp, inner % etp
@@ -127,6 +132,7 @@ class _Rank:
         edp = tp * dp // (etp * ep)
         self.groups: dict[str, list[int]] = {
             "tp": [first + of_dp * tp + i for i in range(tp)],
+            "cp": [first + (of_dp // cp * cp + i) * tp + of_tp for i in range(cp)],
             "dp": [first + i * tp + of_tp for i in range(dp)],
             "pp": [i * tp * dp + inner for i in range(pp)],
             "etp": [first + (of_edp * ep + of_ep) * etp + i for i in range(etp)],
@@ -137,7 +143,7 @@ class _Rank:
         }
         self.first_stage, self.last_stage = self.stage == 0, self.stage == pp - 1
         self.layers = setup.layers(self.stage)
-        tokens = setup.micro_batch_size * setup.model.seq_length
+        tokens = setup.micro_batch_size * setup.model.seq_length // cp
         self.slices = tp if layout.sequence_parallel else 1
         self.tokens = tokens // self.slices  # of a micro-batch, on this rank, between the matrices
         self.row = setup.model.hidden_size * setup.element
@@ -147,10 +153,15 @@ class _Rank:
         """What this rank hands in during a step."""
         if len(self.groups["tp"]) > 1:
             self._tensor()
+        self._context()
         self._pipeline()
-        self._data("dp", dense_weights(self.setup, self.stage))
+        dense, experts = dense_weights(self.setup, self.stage), expert_weights(self.setup, self.stage)
+        if self.experts_apart:
+            self._data("dp", dense)
+            self._data("edp", experts)
+        else:
+            self._data("dp", dense + experts)
         if self.setup.num_experts is not None:
-            self._data("edp", expert_weights(self.setup, self.stage))
             self._experts()
         return self.traffic
 
@@ -183,6 +194,14 @@ class _Rank:
         a_layer = 2 * hidden + hidden * (self.setup.num_experts or 0)
         return self.layers * a_layer + hidden * self.last_stage
 
+    def _context(self) -> None:
+        setup, ranks = self.setup, len(self.groups["cp"])
+        width = _kv_width(setup.model) // setup.layout.tensor_model_parallel_size
+        piece = self.tokens * self.slices * width * setup.element
+        times = 2 * setup.micro_batches * self.layers  # keys and values
+        self._book("cp", "all_gather", piece, times)
+        self._book("cp", "reduce_scatter", ranks * piece, times)
+
     def _pipeline(self) -> None:
         act = self.tokens * self.row
         if not self.last_stage:
@@ -198,7 +217,7 @@ class _Rank:
             self._book(group, "all_reduce", _GRADIENT * sum(weights))
             return
         padded = _padded(weights, ranks)
-        optimizers = 2 if setup.num_experts and not setup.layout.overlap_param_gather else 1
+        optimizers = 2 if self.experts_apart and not setup.layout.overlap_param_gather else 1
         self._book(group, "reduce_scatter", _GRADIENT * padded)
         self._book(group, "all_gather", setup.element * padded // ranks, times=optimizers)
 
@@ -238,11 +257,10 @@ def dense_weights(setup: Setup, stage: int) -> list[int]:
     """Numbers in each weight on a rank of a pipeline stage, the experts' left out, last layer first."""
     model, layout = setup.model, setup.layout
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    heads = model.num_attention_heads
-    width = model.kv_channels or model.hidden_size // heads
-    projections = (heads + 2 * (model.num_query_groups or heads)) * width
     hidden = model.hidden_size
-    layer = [hidden, hidden, projections * hidden // tp, heads * width * hidden // tp]
+    queries = model.num_attention_heads * _head_width(model)
+    projections = queries + 2 * _kv_width(model)
+    layer = [hidden, hidden, projections * hidden // tp, queries * hidden // tp]
     if setup.num_experts is None:
         layer += [2 * model.ffn_hidden_size * hidden // tp, model.ffn_hidden_size * hidden // tp]
     else:
@@ -259,6 +277,15 @@ def expert_weights(setup: Setup, stage: int) -> list[int]:
     matrix = (setup.expert_width or model.ffn_hidden_size) * model.hidden_size // etp
     experts = (setup.num_experts or 0) // layout.expert_model_parallel_size
     return [2 * matrix, matrix] * (experts * setup.layers(stage))
+
+
+def _head_width(model: Model) -> int:
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
+
+
+def _kv_width(model: Model) -> int:
+    """Of the keys of one token, all groups together; the values' too."""
+    return (model.num_query_groups or model.num_attention_heads) * _head_width(model)
 
 
 def _untied(setup: Setup) -> bool:

@@ -2,24 +2,26 @@
 
 The formulas follow what Megatron-Core 0.19's local build does with the layers of ``model/``, and are checked
 against what a run keeps (tests/functional/test_memory_estimate.py). On the rank: L layers; of a
-micro-batch: T tokens, U of them between the matrices (T / t with sequence parallelism, else T). h hidden,
-n heads and g key/value groups of width d, f feed-forward (of one expert), k of E experts a token, V padded
-vocabulary; t, x sizes of TP and ETP; e bytes of a number in the compute type (fp32 4, bf16 2).
+micro-batch: T tokens (of its part under context parallelism), U of them between the matrices (T / t with
+sequence parallelism, else T). h hidden, n heads and g key/value groups of width d, f feed-forward (of one
+expert), k of E experts a token, V padded vocabulary; t, x sizes of TP and ETP; e bytes of a number in the
+compute type (fp32 4, bf16 2).
 
 | part | bytes |
 |---|---|
 | weights | e a weight of the rank |
 | gradients | 4 a weight that is trained: Megatron's buffers are fp32 |
 | optimizer | 8 a weight that is trained (Adam's moments); bf16 12, with fp32 masters |
-| ... distributed | that / DP; of experts / the ranks that hold the same ones |
+| ... distributed | that / (DP CP); of experts / the ranks that hold the same ones |
 | a layer: two norms, input and output of each | 4 U h e + 8 U |
 | ... attention: queries and keys turned, all three as they came, output | T 3 (n + g) d e / t + 4 T n / t |
+| ... with CP: keys and values of all positions, output twice | T (3 n + 2 g CP) d e / t + 4 T n / t |
 | ... dense feed-forward: gate and up, silu(gate), their product | T 4 f e / t |
 | ... experts, with R = U k x rows: input, gate and up, silu, product, gated product | R (h + 5 f / x) e |
 | ... router and dispatcher: gates and indices | U (4 E + 40 k) |
 | ... frozen: less what its matrices take | shared U h e, also on the last stage; experts R (h + f / x) e |
 | last stage: final norm, softmax over the vocabulary in fp32 | 2 U h e + 4 T V / t |
-| ... once, whatever is in flight: tables of the angles | 2 S d e a layer, S the sequence |
+| ... once, whatever is in flight: tables of the angles | 2 S d e / CP a layer (not core_attn); S sequence |
 | recompute full, uniform by c | U h e for c layers; and c layers whole, once |
 | recompute full, block of c | the same for each of the first c layers, which come last; others whole |
 | recompute selective, core_attn | T (n + 2 g) d e / t before it, T n d e / t after, and queries where n > g |
@@ -35,8 +37,8 @@ that comes to more, with what is kept or recomputed at that time.
 
 Routes are taken as even over the experts, and none as dropped; a rank whose experts are liked holds more.
 Not covered: what the allocator loses to fragments, the CUDA context, buffers of collectives (NCCL's, gathered
-sequences), dropout's masks, cuBLAS's workspaces. A build on Transformer Engine, which fuses and keeps other
-things, is not measured.
+sequences), dropout's masks, cuBLAS's workspaces, context parallelism's masks of attention, which torch makes
+on a CPU alone. A build on Transformer Engine, which fuses and keeps other things, is not measured.
 """
 
 from __future__ import annotations
@@ -229,7 +231,10 @@ class _Activations:
         return norms + self._attention() + (0 if recomputed in self.modules else feed_forward)
 
     def _tables(self) -> float:
-        return 2 * self.setup.model.seq_length * self.head_width * self.setup.element
+        if "core_attn" in self.modules:
+            return 0.0
+        positions = self.setup.model.seq_length / self.layout.context_parallel_size
+        return 2 * positions * self.head_width * self.setup.element
 
     def _attention(self) -> float:
         whole, around = self._attention_parts()
@@ -240,7 +245,9 @@ class _Activations:
         heads = self.setup.model.num_attention_heads
         groups = self.setup.model.num_query_groups or heads
         number = self.tokens * self.head_width * self.setup.element / self.tp
-        whole = 3 * (heads + groups) * number + self.tokens * heads * _FLOAT / self.tp
+        cp = self.layout.context_parallel_size
+        kept = 3 * (heads + groups) if cp == 1 else 3 * heads + 2 * groups * cp
+        whole = kept * number + self.tokens * heads * _FLOAT / self.tp
         copied = heads if groups != heads else 0  # queries of several heads a group are no view
         return whole, (2 * heads + 2 * groups + copied) * number
 

@@ -33,13 +33,13 @@ def _context_parallel_problems(key: str, layout: Layout, model: Model) -> Iterat
         return
     if model.seq_length % (2 * cp):
         yield (
-            f"{key}.context_parallel_size {cp}: model.seq_length {model.seq_length} is cut into 2 x {cp} pieces, "
-            f"and must be a multiple of {2 * cp}"
+            f"{key}.context_parallel_size {cp}: model.seq_length {model.seq_length} is cut into 2 x {cp} "
+            f"pieces, and must be a multiple of {2 * cp}"
         )
     if layout.sequence_parallel and model.seq_length // cp % tp:
         yield (
-            f"{key}.context_parallel_size {cp}: model.seq_length {model.seq_length} / {cp} must be a multiple of "
-            f"tensor_model_parallel_size {tp}, for sequence_parallel cuts it again"
+            f"{key}.context_parallel_size {cp}: model.seq_length {model.seq_length} / {cp} must be a "
+            f"multiple of tensor_model_parallel_size {tp}, for sequence_parallel cuts it again"
         )
 
 
@@ -155,9 +155,9 @@ def _expert_parallel_problems(key: str, layout: Layout, recipe: Recipe) -> Itera
     if ranks % (etp * ep):
         of_cp = f"context_parallel_size {cp} x " if cp > 1 else ""
         yield (
-            f"{key}: tensor_model_parallel_size {tp} x {of_cp}data_parallel_size {layout.data_parallel_size} = "
-            f"{ranks} ranks are not divisible by expert_tensor_parallel_size {etp} x "
-            f"expert_model_parallel_size {ep} = {etp * ep}; raise data_parallel_size or set "
+            f"{key}: tensor_model_parallel_size {tp} x {of_cp}data_parallel_size "
+            f"{layout.data_parallel_size} = {ranks} ranks are not divisible by expert_tensor_parallel_size "
+            f"{etp} x expert_model_parallel_size {ep} = {etp * ep}; raise data_parallel_size or set "
             "expert_tensor_parallel_size: 1"
         )
     if tp > 1 and not layout.sequence_parallel:

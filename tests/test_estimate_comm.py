@@ -25,11 +25,11 @@ sizes = st.sampled_from([1, 2, 4])
 
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
-    tp, pp, dp = draw(sizes), draw(sizes), draw(sizes)
+    tp, pp, dp, cp = draw(sizes), draw(sizes), draw(sizes), draw(st.sampled_from([1, 2]))
     etp = draw(st.sampled_from([1, tp]))
-    ep = draw(st.sampled_from([size for size in (1, 2, 4, 8) if tp * dp % (etp * size) == 0]))
+    ep = draw(st.sampled_from([size for size in (1, 2, 4, 8) if tp * cp * dp % (etp * size) == 0]))
     return Layout(
-        tp, pp, dp, ep, etp, sequence_parallel=tp > 1, use_distributed_optimizer=draw(st.booleans())
+        tp, pp, dp, ep, etp, cp, sequence_parallel=tp > 1, use_distributed_optimizer=draw(st.booleans())
     )
 
 
@@ -104,7 +104,7 @@ def test_all_to_all_by_hand() -> None:
 
 
 def test_a_moe_without_overlap_gathers_its_weights_twice() -> None:
-    layout = Layout(data_parallel_size=4, use_distributed_optimizer=True)
+    layout = Layout(data_parallel_size=4, expert_model_parallel_size=2, use_distributed_optimizer=True)
     gathered = {}
     for overlap in (False, True):
         setup = replace(MOE, layout=replace(layout, overlap_param_gather=overlap))

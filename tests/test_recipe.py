@@ -153,6 +153,34 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "stages.seed.layout.sequence_parallel: tensor_model_parallel_size 2 must divide model.seq_length 255",
     ),
     (
+        {"model.seq_length": 254, "stages.seed.layout.context_parallel_size": 2},
+        "stages.seed.layout.context_parallel_size 2: model.seq_length 254 is cut into 2 x 2 pieces, and "
+        "must be a multiple of 4",
+    ),
+    (
+        {
+            "model.seq_length": 12,
+            "model.num_attention_heads": 4,
+            "stages.seed.layout": {
+                "tensor_model_parallel_size": 4,
+                "sequence_parallel": True,
+                "context_parallel_size": 2,
+            },
+        },
+        "stages.seed.layout.context_parallel_size 2: model.seq_length 12 / 2 must be a multiple of "
+        "tensor_model_parallel_size 4",
+    ),
+    (
+        {"evaluate.layout.context_parallel_size": 2},
+        "evaluate.layout.context_parallel_size 2: held-out losses are computed over whole "
+        "sequences; set it to 1",
+    ),
+    (
+        {"stages.finetune.layout": {"expert_model_parallel_size": 4, "context_parallel_size": 2}},
+        "stages.finetune.layout: tensor_model_parallel_size 1 x context_parallel_size 2 x data_parallel_size "
+        "1 = 2 ranks are not divisible by expert_tensor_parallel_size 1 x expert_model_parallel_size 4",
+    ),
+    (
         {"stages.seed.layout.overlap_param_gather": True},
         "stages.seed.layout.overlap_param_gather needs use_distributed_optimizer: true",
     ),
@@ -233,6 +261,7 @@ def test_each_mistake_is_named(tmp_path: Path, changes: dict[str, Any], message:
         {"moe.moe_router_topk": 1, "moe.moe_router_pre_softmax": True},
         {"model.num_query_groups": 1, "stages.seed.layout": TP2},  # fewer groups than TP: shared
         {"stages.finetune.layout": {"data_parallel_size": 2, "expert_model_parallel_size": 2}},
+        {"stages.finetune.layout": {"context_parallel_size": 2, "expert_model_parallel_size": 2}},
         {
             "stages.finetune.layout": TP2
             | {"expert_tensor_parallel_size": 1, "expert_model_parallel_size": 2, "sequence_parallel": True}

@@ -17,7 +17,9 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
+from btx_megatron.model.context_parallel import all_positions, my_pieces
 from btx_megatron.model.kernels import rms_norm, rotate, rotation_table, swiglu
 from btx_megatron.model.routers import replace_quietly
 
@@ -43,8 +45,9 @@ class CausalAttention(DotProductAttention):
     """Causal core attention through torch's scaled_dot_product_attention.
 
     Megatron's local core attention builds the [B*N, S, S] score matrix; this one does not. It turns queries
-    and keys itself, by the angles that RotaryAttention leaves here. Under context parallelism, which Megatron's
-    refuses, keys and values of all ranks are gathered, and each rank's two pieces of queries see those before.
+    and keys itself, by the angles that RotaryAttention leaves here. Under context parallelism, which
+    Megatron's refuses, keys and values of all ranks are gathered, and each rank's two pieces of queries see
+    those before them.
     """
 
     _angles: Tensor | None = None
@@ -88,50 +91,12 @@ class CausalAttention(DotProductAttention):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
         # context parallelism: two pieces of queries, from the front and from the back of the sequence
         parts = []
-        for piece, number in zip(q.chunk(2, dim=2), cp_pieces(), strict=True):
-            end = (number + 1) * piece.shape[2]
-            mask = torch.ones(piece.shape[2], end, dtype=torch.bool, device=q.device).tril(
-                end - piece.shape[2]
-            )
-            parts.append(
-                F.scaled_dot_product_attention(
-                    piece, k[:, :, :end], v[:, :, :end], attn_mask=mask, **options
-                )
-            )
+        for piece, number in zip(q.chunk(2, dim=2), my_pieces(), strict=True):
+            length = piece.shape[2]
+            end = (number + 1) * length
+            mask = causal_lower_right(length, end)
+            parts.append(F.scaled_dot_product_attention(piece, k[:, :, :end], v[:, :, :end], mask, **options))
         return torch.cat(parts, dim=2)
-
-
-def cp_pieces() -> tuple[int, int]:
-    """The numbers of this rank's two pieces of the sequence, of 2 CP."""
-    rank = parallel_state.get_context_parallel_rank()
-    return rank, 2 * parallel_state.get_context_parallel_world_size() - 1 - rank
-
-
-def all_positions(part: Tensor) -> Tensor:
-    """[S / CP, ...], this rank's two pieces -> [S, ...] in the order of positions; a collective of CP."""
-    return _AllPositions.apply(part)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _AllPositions(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:
-        size = parallel_state.get_context_parallel_world_size()
-        parts = part.new_empty(size * len(part), *part.shape[1:])
-        group = parallel_state.get_context_parallel_group()
-        torch.distributed.all_gather_into_tensor(parts, part.contiguous(), group=group)
-        pieces = parts.chunk(2 * size)  # front and back of each rank in turn
-        return torch.cat((*pieces[::2], *pieces[::-2]))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        """Each rank's queries have a gradient for all keys: summed, each gets its own two pieces back."""
-        size = parallel_state.get_context_parallel_world_size()
-        pieces = grad.chunk(2 * size)
-        parts = torch.cat([piece for r in range(size) for piece in (pieces[r], pieces[2 * size - 1 - r])])
-        mine = torch.empty_like(parts[: len(parts) // size])
-        group = parallel_state.get_context_parallel_group()
-        torch.distributed.reduce_scatter_tensor(mine, parts, group=group)
-        return mine
 
 
 class RotaryAttention(SelfAttention):

@@ -297,9 +297,9 @@ def replace_quietly(config: Any, **changes: Any) -> Any:
 
 
 def first_position(sequence: int, context: BatchContext) -> int:
-    """Where this rank's share of the sequence, ``sequence`` positions, begins in ``context``'s tensors.
+    """Where this rank's share, ``sequence`` positions, begins in the context's tensors.
 
-    With sequence parallelism the TP ranks hold equal pieces, in order, of what is left by context parallelism.
+    With sequence parallelism the TP ranks hold equal pieces, in order, of their CP rank's part.
     """
     if context.loss_mask is None or sequence == context.loss_mask.shape[1]:
         return 0
@@ -317,8 +317,8 @@ _BALANCING_LOSSES = {
 def take_balancing_loss() -> float:
     """Balancing loss (without alpha) since the last call, summed over this rank's layers and micro-batches.
 
-    Sums over ranks give what all TP and CP ranks together hold: the paper's loss is whole on every one of them
-    and counts on the first alone, Megatron's come in parts. The global one is a loss of all DP ranks' tokens, of
+    Sums over ranks give what all TP and CP ranks together hold: the paper's loss is whole on each of them and
+    counts on the first alone, Megatron's come in parts. The global one is a loss of all DP ranks' tokens, of
     which each holds its part: here it counts DP times, as if each had one of its own.
     """
     tracker, total = get_moe_metrics_tracker(), 0.0

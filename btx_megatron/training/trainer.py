@@ -27,6 +27,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from btx_megatron.model.build import build_model
+from btx_megatron.model.context_parallel import my_part
 from btx_megatron.model.routers import batch_context, take_balancing_loss
 from btx_megatron.recipe import Recipe, Stage
 from btx_megatron.runtime.ranks import device
@@ -175,7 +176,7 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
     batch_context.step = int(batch["step"])
     batch_context.sample_index = batch["sample_index"]
     on_device = {key: value.to(device()) for key, value in batch.items() if key != "step"}
-    on_device |= on_this_cp_rank({key: on_device[key] for key in _ALONG_THE_SEQUENCE})
+    on_device |= {key: my_part(on_device[key], dim=1) for key in _ALONG_THE_SEQUENCE}
     batch_context.loss_mask = on_device["loss_mask"]
     batch_context.positions = on_device["position_ids"][0]
     batch_context.allowed_experts = on_device.get("allowed_experts")
@@ -186,18 +187,6 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
 
 
 _ALONG_THE_SEQUENCE = ("tokens", "labels", "loss_mask", "position_ids")
-
-
-def on_this_cp_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of [B, S] the part that this rank has under context parallelism, [B, S / CP]: the sequence is cut into
-    2 CP pieces, and rank r takes the r-th from the front and the r-th from the back, so that causal attention
-    costs all ranks alike (Megatron's order)."""
-    size = parallel_state.get_context_parallel_world_size()
-    if size == 1:
-        return tensors
-    rank = parallel_state.get_context_parallel_rank()
-    pieces = {key: tensor.chunk(2 * size, dim=1) for key, tensor in tensors.items()}
-    return {key: torch.cat((cut[rank], cut[2 * size - 1 - rank]), dim=1) for key, cut in pieces.items()}
 
 
 def _sum_loss(mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -69,6 +69,7 @@ FOUR: dict[str, tuple[Layout, Moe, dict[str, Any], bool]] = {
         ),
         *PLAIN,
     ),
+    "moe DP4+distributed": (replace(DP4, use_distributed_optimizer=True), *PLAIN),
     "moe DP4 EP4": (Layout(data_parallel_size=4, expert_model_parallel_size=4), *PLAIN),
     "moe TP2+SP DP2 EP2 ETP1": (replace(LAYOUTS["moe"]["TP2+SP+EP2"], data_parallel_size=2), *PLAIN),
     "moe TP2+SP DP2 EP2 ETP2, allgather": (  # alltoall gathers uneven pieces here, which gloo cannot
@@ -77,6 +78,9 @@ FOUR: dict[str, tuple[Layout, Moe, dict[str, Any], bool]] = {
         {},
         False,
     ),
+    "dense CP2+TP2+SP": (replace(LAYOUTS["dense"]["TP2+SP"], context_parallel_size=2), *PLAIN),
+    "dense CP2 DP2+distributed, bf16": (replace(DP2_DISTRIBUTED, context_parallel_size=2), Moe(), {}, True),
+    "moe CP2 DP2 EP2": (replace(EP2, context_parallel_size=2), *PLAIN),
     "moe PP2 DP2 EP2": (replace(EP2, pipeline_model_parallel_size=2), *PLAIN),
 }
 SETUPS = {2: TWO, 4: FOUR}

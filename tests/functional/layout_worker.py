@@ -138,6 +138,8 @@ RESHARDS: dict[str, tuple[str, Layout | None, Layout]] = {
     "dense PP2 to TP2+SP": ("dense", PP2, TP2_SP),
     "dense 1 process to DP2": ("dense", None, Layout(data_parallel_size=2)),
     "moe 1 process to TP2+SP": ("moe", None, TP2_SP),
+    "dense CP2 to TP2+SP": ("dense", CP2, TP2_SP),
+    "moe 1 process to CP2": ("moe", None, CP2),
     "moe TP2+SP to PP2": ("moe", TP2_SP, PP2),
     "deep 1 process to PP2 interleaved": ("deep", None, INTERLEAVED),
     "deep PP2 interleaved to PP2 first 3": (
