@@ -151,6 +151,14 @@ def cancel(
 
 
 @app.command()
+def compare(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Train, measure and compare the recipe's variants over several random seeds (compare)."""
+    from btx_megatron.comparison.run import run_comparison
+
+    print(f"comparison: {run_comparison(recipe, overrides or []) / 'report.md'}")
+
+
+@app.command()
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from btx_megatron.errors import UserError
+from btx_megatron.recipe_compare import Compare as Compare
 from btx_megatron.recipe_data import Clusters as Clusters
 from btx_megatron.recipe_data import Data as Data
 from btx_megatron.recipe_data import Domain as Domain
@@ -270,6 +271,8 @@ class Recipe:
     """The evaluation."""
     export: Export = field(default_factory=Export)
     """The export."""
+    compare: Compare = field(default_factory=Compare)
+    """Variants beside each other, by ``btx compare``."""
     launch: Launch = field(default_factory=Launch)
     """Running on this machine."""
     slurm: Slurm = field(default_factory=Slurm)

@@ -16,6 +16,7 @@ from btx_megatron.errors import UserError
 from btx_megatron.matching import matched_train_iters, reference_stages, unresolved_stages
 from btx_megatron.methods import has_moe, main_stage, stage_names, training_stages
 from btx_megatron.recipe import GROWN_FROM, MATCHED_STAGES, SEED, Data, Model, Recipe, Source, Stage, Training
+from btx_megatron.recipe_compare_checks import compare_problems
 from btx_megatron.recipe_ensemble_checks import ensemble_problems
 from btx_megatron.recipe_gpu_checks import gpu_problems
 from btx_megatron.recipe_layout_checks import dense_layout_problems, layout_problems
@@ -81,6 +82,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
                 "compared, in one precision; set it for all under training"
             )
     yield from _evaluate_problems(recipe)
+    yield from compare_problems(recipe)
     if recipe.export.to and main_stage(recipe) is None:
         yield f"export.to: method {recipe.method} ends with experts apart, not with a model; leave it out"
     yield from at_least("launch", recipe.launch, 0, ("max_parallel_experts", "threads_per_rank"))

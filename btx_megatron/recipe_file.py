@@ -148,7 +148,7 @@ def _look_at_grown(recipe: Recipe, grown: Path, where: str) -> None:
 def _shape_problems(kind: Any, value: Any, key: str) -> Iterator[str]:
     """Unknown keys, and mappings, lists and plain values in each other's places; ``kind`` is the type."""
     lists = [part for part in get_args(kind) if get_origin(part) is list]
-    if lists and value is not None:  # or null
+    if lists and get_origin(kind) is not dict and value is not None:  # or null
         kind = lists[0]
     if is_dataclass(kind) or get_origin(kind) is dict:
         if not isinstance(value, dict):

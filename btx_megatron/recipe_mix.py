@@ -105,3 +105,8 @@ class Mix:
         if self.experts == "blend":
             return []
         return [source for source in range(sources) for _ in range(self.experts_a_source)]
+
+
+def draws(mix: Mix) -> bool:
+    """Whether anything is drawn at random."""
+    return mix.router_init != "zero" or mix.average == "dare" or mix.drop_ratio > 0

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from btx_megatron.methods import main_stage, upcycling_stages
 from btx_megatron.recipe import Mix, Recipe
 from btx_megatron.recipe_grow_checks import grow_problems
+from btx_megatron.recipe_mix import draws
 from btx_megatron.recipe_numbers import at_least, divisors, positive
 
 _MAX_SEED = (1 << 32) - 1
@@ -116,8 +117,7 @@ def _router_problems(recipe: Recipe) -> Iterator[str]:
 def _drawn_problems(mix: Mix) -> Iterator[str]:
     if not 0 <= mix.random_seed <= _MAX_SEED:
         yield f"mix.random_seed {mix.random_seed}: must be at least 0 and at most {_MAX_SEED}"
-    drawn = mix.router_init != "zero" or mix.average == "dare" or mix.drop_ratio > 0
-    if not drawn and mix.random_seed != Mix().random_seed:
+    if not draws(mix) and mix.random_seed != Mix().random_seed:
         yield f"mix.random_seed {mix.random_seed} has no effect: nothing is drawn; leave it out"
 
 

@@ -37,7 +37,7 @@ _CLAIM = "recipe"  # the lock of those who read and write the recipe
 _CLAIM_PATIENCE_SECONDS = 120.0  # hundreds of experts may start at one moment
 _LOCK_PATIENCE_SECONDS = 1.0  # `btx status` holds the lock for a moment
 _FREE_KEYS = re.compile(
-    r"run_folder|launch\..*|slurm\..*|export\..*|data\.(num_workers|loader)|(.*\.)?layout\..*"
+    r"run_folder|launch\..*|slurm\..*|export\..*|compare(\..*)?|data\.(num_workers|loader)|(.*\.)?layout\..*"
     r"|.*\.(log_interval|save_interval|save_total_limit|save_retain_interval|async_save)"
     r"|.*\.(max_consecutive_skipped_steps|loss_spike_factor|distributed_timeout_minutes)"
     r"|.*\.(tensorboard|wandb_project)"
@@ -133,7 +133,7 @@ class RunFolder:
     def _holds_results(self) -> bool:
         """True once a stage is finished, has a checkpoint or is worked on; then the recipe stays."""
         return (
-            any(self.path.rglob("manifest.json"))
+            any(read_manifest(path) for path in [*self.path.iterdir(), *self.path.glob("experts/*")])
             or any(self.path.glob(".work/**/checkpoints/*"))
             or any(self.is_locked(path.name) for path in (self.path / LOCKS).iterdir() if path.name != _CLAIM)
         )
@@ -161,7 +161,9 @@ class RunFolder:
         target.parent.mkdir(parents=True, exist_ok=True)
         replaced = work.with_name(f".{work.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)  # left by a crash in the middle of these lines
-        if target.exists():
+        if target.is_symlink():
+            target.unlink()  # to a stage of another run, which stays
+        elif target.exists():
             os.rename(target, replaced)
         os.rename(work, target)
         sync(target.parent)
@@ -185,6 +187,11 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any
         if there != here and not _FREE_KEYS.fullmatch(key):
             return key, there, here
     return None
+
+
+def result_keys(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Of a resolved recipe, or a part of one, what results depend on: ``a.b[0].c`` -> value."""
+    return {key: value for key, value in _flatten(recipe) if not _FREE_KEYS.fullmatch(key)}
 
 
 def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "btx_megatron"
 # from the top floor to the ground; rooms of one row may know each other
 FLOORS = [
     {"cli", "__main__"},
+    {"comparison"},
     {"launch"},
     {"simulate"},
     {"pipeline"},
@@ -26,6 +27,7 @@ FLOORS = [
     {"manifest"},
     {"estimate_fit", "recipe_checks"},
     {
+        "recipe_compare_checks",
         "recipe_ensemble_checks",
         "recipe_gpu_checks",
         "recipe_grow_checks",
@@ -40,7 +42,7 @@ FLOORS = [
     {"estimate", "expert_masks"},
     {"methods"},
     {"recipe"},
-    {"recipe_data", "recipe_layout", "recipe_mix", "recipe_slurm", "recipe_training"},
+    {"recipe_compare", "recipe_data", "recipe_layout", "recipe_mix", "recipe_slurm", "recipe_training"},
     {"durable"},
     {"errors", "columns", "recipe_numbers", "times", "tokenizer_json", "traffic"},
 ]

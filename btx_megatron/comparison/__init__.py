@@ -1,0 +1,1 @@
+"""``btx compare``: variants of one recipe, trained, measured and held against each other."""

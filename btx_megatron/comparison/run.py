@@ -1,0 +1,51 @@
+"""The runs of a comparison, one after the other; what two of them share is trained once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from btx_megatron.comparison.results import check_predictions, write_results
+from btx_megatron.comparison.sharing import link_finished
+from btx_megatron.comparison.variants import Variant, expand
+from btx_megatron.errors import StageFailed
+from btx_megatron.launch.local import run_pipeline
+from btx_megatron.launch.machine import Machine
+from btx_megatron.recipe_file import load_recipe
+
+RESULTS = "compare"
+"""The folder of the results, beside the random seeds' folders."""
+
+
+def run_comparison(path: Path, overrides: list[str], machine: Machine | None = None) -> Path:
+    """Train and measure all variants that are not finished; returns the folder of the results.
+
+    The results are written anew as each random seed ends. A variant that fails stops no other. Raises what
+    run_pipeline raises.
+    """
+    recipe = load_recipe(path, overrides)
+    variants = expand(path, overrides)
+    check_predictions(recipe.compare.predictions, variants)
+    results, failed = Path(recipe.run_folder) / RESULTS, []
+    for seed in recipe.compare.random_seeds:
+        of_seed = [variant for variant in variants if variant.random_seed == seed]
+        for number, variant in enumerate(of_seed, 1):
+            print(f"== random seed {seed}, {variant.name} ({number} of {len(of_seed)})", flush=True)
+            try:
+                _run(variant, variants, machine)
+            except StageFailed as error:
+                failed.append(f"random seed {seed}, {variant.name}: {error}")
+        if not failed:
+            done = [variant for variant in variants if variant.run.manifest("report")]
+            write_results(recipe, done, results)
+    if failed:
+        raise StageFailed("\n".join(failed))
+    return results
+
+
+def _run(variant: Variant, variants: list[Variant], machine: Machine | None) -> None:
+    variant.run.claim(variant.recipe)
+    others = [(other.run, other.keys) for other in variants if other is not variant]
+    linked = link_finished(variant.run, variant.keys, others)
+    if linked:
+        print(f"taken from another variant: {', '.join(linked)}", flush=True)
+    run_pipeline(variant.recipe, machine)
