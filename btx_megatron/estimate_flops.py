@@ -106,9 +106,11 @@ def training_flops_per_token(recipe: Recipe, stage: str, vocab_rows: int | None 
     if vocab_rows is None:
         vocab_rows = padded_vocab_size(vocab_size(recipe), recipe.model.make_vocab_size_divisible_by)
     experts = recipe.num_experts(stage)
-    topk = recipe.moe.mean_topk(experts or 0, recipe.model.num_layers)
-    width = recipe.expert_ffn_hidden_size
-    forward = forward_flops(recipe.model, vocab_rows, experts, topk, expert_width=width)
+    if experts is None:
+        forward = forward_flops(recipe.model, vocab_rows)
+    else:
+        topk, width = recipe.moe.mean_topk(experts, recipe.model.num_layers), recipe.expert_ffn_hidden_size
+        forward = forward_flops(recipe.model, vocab_rows, experts, topk, expert_width=width)
     return forward.training(recipe.stage(stage).training.freeze)
 
 

@@ -13,9 +13,9 @@ LEAST_LOAD = "least_load"
 class Prediction:
     """What is expected of two rows, written down before anything runs."""
 
-    claim: str
+    claim: str = ""
     """In words, as the report repeats it."""
-    rows: list[str]
+    rows: list[str] = field(default_factory=list)
     """Two rows of the comparison's table: names of variants, or of other models, as ``expert:math``."""
     expect: Literal["lower", "higher", "equal"] = "lower"
     """The first row's value beside the second's."""

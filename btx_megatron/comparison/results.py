@@ -71,14 +71,21 @@ def rows_of_comparison(variants: list[Variant]) -> list[Row]:
 
 
 def check_predictions(predictions: list[Prediction], variants: list[Variant]) -> None:
-    """Raises UserError for a prediction about a row that the comparison will not have."""
-    rows = [row.name for row in rows_of_comparison(of_first_seed(variants))]
+    """Raises UserError for a prediction about what the comparison will not have."""
+    variants = of_first_seed(variants)
+    rows = {row.name: row for row in rows_of_comparison(variants)}
     for number, prediction in enumerate(predictions):
-        for row in prediction.rows:
-            if row not in rows:
-                raise UserError(
-                    f"compare.predictions[{number}].rows: no row '{row}'; rows: {', '.join(rows)}"
-                )
+        key = f"compare.predictions[{number}]"
+        for name in prediction.rows:
+            if name not in rows:
+                raise UserError(f"{key}.rows: no row '{name}'; rows: {', '.join(rows)}")
+            if prediction.measure == LEAST_LOAD and not _has_load(rows[name]):
+                raise UserError(f"{key}.measure {LEAST_LOAD}: '{name}' has no router that is measured")
+
+
+def _has_load(row: Row) -> bool:
+    """Routes are counted of the variants' own mixtures."""
+    return row.name == row.variant and row.row in MOE_ROWS
 
 
 def of_first_seed(variants: list[Variant]) -> list[Variant]:
@@ -237,10 +244,6 @@ def _judged(prediction: Prediction, rows: dict[str, Any]) -> dict[str, Any]:
 
 def _values(row: dict[str, Any], prediction: Prediction) -> list[float]:
     told = row[LEAST_LOAD] if prediction.measure == LEAST_LOAD else row["held_out_loss"][prediction.measure]
-    if told is None:
-        raise UserError(
-            f"compare.predictions: {LEAST_LOAD} of {', '.join(prediction.rows)}: one has no router"
-        )
     values: list[float] = told["values"]
     return values
 

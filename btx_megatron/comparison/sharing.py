@@ -45,13 +45,13 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     for stage in stages_of(recipe):
         if stage.task in SHARED_TASKS:
             inputs = {name: keys[name] for name in stage.inputs}
-            content = [stage.name, stage.task, inputs, result_keys(_read_by(stage, tree))]
+            content = [stage.name, stage.task, inputs, result_keys(read_by(stage, tree))]
             text = json.dumps(content, sort_keys=True)
             keys[stage.name] = hashlib.sha256(text.encode()).hexdigest()
     return keys
 
 
-def _read_by(stage: PipelineStage, tree: dict[str, Any]) -> dict[str, Any]:
+def read_by(stage: PipelineStage, tree: dict[str, Any]) -> dict[str, Any]:
     """The part of a resolved recipe that a stage reads."""
     kind, _, domain = stage.name.partition(":")
     part = {key: value for key, value in tree.items() if key not in _OF_THE_RUN}
@@ -64,6 +64,8 @@ def _read_by(stage: PipelineStage, tree: dict[str, Any]) -> dict[str, Any]:
             del part["mix"]
         for section, keys in _READS_OF_MIXTURE[kind].items():
             part[section] = {key: tree[section][key] for key in keys}
+    else:
+        part["evaluate"] = {"opt_out": tree["evaluate"]["opt_out"]}  # masks are built in
     if stage.task in ("train", "import"):
         stages = tree["stages"]
         part["stage"] = stages["experts"][domain] if kind == "expert" else stages.get(kind)

@@ -145,7 +145,8 @@ def _build_chunk(
 ) -> torch.nn.Module:
     layers = get_num_layers_to_build(config, number)
     first = get_transformer_layer_offset(config, number)
-    groups = recipe.expert_groups if recipe.moe.moe_router_one_per_group else None
+    grouped = config.num_moe_experts is not None and recipe.moe.moe_router_one_per_group
+    groups = recipe.expert_groups if grouped else None
     spec = TransformerBlockSubmodules(
         layer_specs=[layer_spec(config, recipe, first + local, groups) for local in range(layers)],
         layer_norm=_backend(config).layer_norm(rms_norm=True),

@@ -55,12 +55,14 @@ class Trainer:
         self.scheduler: OptimizerParamScheduler = build_scheduler(
             self.optimizer, stage.training, stage.training.train_iters
         )
-        moe = recipe.moe
-        balancing = moe.moe_router_load_balancing_type != "none" and moe.moe_aux_loss_coeff > 0
-        self.balanced = num_experts is not None and balancing
+        self.balanced = False
         self.adaptive: AdaptiveBalancing | None = None
-        if self.balanced and num_experts is not None and moe.moe_aux_loss_adaptive:
-            self.adaptive = AdaptiveBalancing(recipe.model.num_layers, num_experts, moe.moe_aux_loss_coeff)
+        if num_experts is not None:
+            moe = recipe.moe
+            self.balanced = moe.moe_router_load_balancing_type != "none" and moe.moe_aux_loss_coeff > 0
+            if self.balanced and moe.moe_aux_loss_adaptive:
+                layers = recipe.model.num_layers
+                self.adaptive = AdaptiveBalancing(layers, num_experts, moe.moe_aux_loss_coeff)
         self._connect()
 
     @property

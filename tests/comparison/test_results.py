@@ -1,0 +1,183 @@
+"""compare.json and its pages from runs on disk that were written by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipes import write_recipe
+
+from btx_megatron.comparison.page import Heading, Picture, Table, Text, markdown, one_html
+from btx_megatron.comparison.results import write_results
+from btx_megatron.comparison.variants import Variant, expand
+from btx_megatron.errors import UserError
+from btx_megatron.evaluation.rows import MOE_ROWS, all_rows, main_row
+from btx_megatron.manifest import make_manifest
+from btx_megatron.methods import main_stage
+from btx_megatron.recipe_file import load_recipe
+
+SEEDS = (1, 2, 3)
+# mean losses of a random seed in the order of SEEDS; btx is best by far, soft like unbalanced
+MEANS = {
+    "btx": (2.0, 2.2, 2.1),
+    "unbalanced": (2.5, 2.71, 2.6),
+    "soft": (2.5, 2.7, 2.601),
+    "dense": (3.0, 2.0, 2.5),
+}
+SHARE = {"btx": (0.3, 0.3, 0.4), "unbalanced": (0.0, 0.5, 0.5), "soft": (0.2, 0.4, 0.4)}
+PREDICTIONS = [
+    {"claim": "one", "rows": ["btx", "soft"]},
+    {"claim": "two", "rows": ["btx", "soft"], "expect": "higher", "measure": "json"},
+    {"claim": "three", "rows": ["btx", "dense"]},
+    {"claim": "four", "rows": ["soft", "unbalanced"], "expect": "equal", "within": 0.05},
+    {"claim": "five", "rows": ["unbalanced", "btx"], "measure": "least_load"},
+]
+
+
+def write_run(variant: Variant) -> None:
+    """What the stages evaluate, report and the last one leave."""
+    recipe, run = variant.recipe, variant.run
+    mean = MEANS[variant.name][SEEDS.index(variant.random_seed)]
+    rows = dict.fromkeys(all_rows(recipe), 4.0) | {main_row(recipe): mean}
+    losses = {row: {"json": value - 0.5, "mail": value + 0.5, "mean": value} for row, value in rows.items()}
+    has_moe = main_row(recipe) in MOE_ROWS
+    share = [[list(SHARE[variant.name])] * 2] * 2 if has_moe else None  # [domains][layers][experts]
+    routing = {"share": share, "domains": recipe.domain_names, "experts": recipe.expert_names}
+    summary = {
+        "held_out_loss": losses,
+        "tokens": dict.fromkeys(rows, 1000),
+        "flops": dict.fromkeys(rows, 1e9),
+        "stage_seconds": {str(main_stage(recipe)): 7.0},
+    }
+    records = [
+        {"step": 1},
+        {"step": 2, "expert_load": {"min": [0.1, 0.2], "max": [0.6, 0.5], "dead": [0, 0]}},
+    ]
+    files: dict[str, dict[str, Any]] = {
+        "report": {"summary.json": summary},
+        "evaluate": {"evaluation.json": {"routing": routing if has_moe else None}},
+        str(main_stage(recipe)): {"losses.jsonl": records},
+    }
+    for stage, content in files.items():
+        work = run.work(stage)
+        work.mkdir(parents=True)
+        for name, value in content.items():
+            lines = value if isinstance(value, list) else [value]
+            (work / name).write_text("\n".join(json.dumps(line) for line in lines))
+        run.publish(make_manifest(stage, {}, {}, {}, None, 7.0))
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    overrides = {
+        "btx": [],
+        "unbalanced": ["moe.moe_router_load_balancing_type=none"],
+        "soft": ["moe.moe_router_type=soft"],
+        "dense": ["method=dense"],
+    }
+    path = write_recipe(tmp_path, variants=overrides, random_seeds=list(SEEDS), predictions=PREDICTIONS)
+    variants = expand(path, [])
+    for variant in variants:
+        write_run(variant)
+    out = tmp_path / "compare"
+    write_results(load_recipe(path), variants, out)
+    return out, json.loads((out / "compare.json").read_text())
+
+
+def test_numbers(compared: tuple[Path, dict[str, Any]]) -> None:
+    _, results = compared
+    btx = results["rows"]["btx"]
+    assert btx["held_out_loss"]["mean"] == {
+        "mean": pytest.approx(2.1),
+        "deviation": pytest.approx(0.1),
+        "values": [2.0, 2.2, 2.1],
+    }
+    assert btx["held_out_loss"]["json"]["values"] == pytest.approx([1.5, 1.7, 1.6])
+    assert btx["least_load"]["mean"] == pytest.approx(0.9)  # 0.3 of three experts
+    assert results["rows"]["unbalanced"]["least_load"]["mean"] == 0
+    assert results["rows"]["dense"]["least_load"] is None
+    assert set(results["differences"]) == {"unbalanced", "soft", "dense"}
+    assert results["differences"]["dense"]["values"] == pytest.approx([1.0, -0.2, 0.4])
+    assert results["variants"]["soft"]["load_by_step"][0] == [
+        {"step": 2, "min": [0.1, 0.2], "max": [0.6, 0.5]}
+    ]
+    assert results["variants"]["dense"]["load_by_step"] == [[], [], []]
+
+
+def test_predictions_as_they_fell(compared: tuple[Path, dict[str, Any]]) -> None:
+    _, results = compared
+    verdicts = [told["verdict"] for told in results["predictions"]]
+    assert verdicts == ["seen", "not seen", "undecided", "seen", "seen"]
+
+
+def test_pages_tell_the_numbers(compared: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = compared
+    page = (out / "report.md").read_text()
+    assert (
+        "| `btx` | **1.600 +- 0.100** | **2.600 +- 0.100** | **2.100 +- 0.100** | 0.90 +- 0.00 | 1,000 |"
+        in page
+    )
+    assert "| two | `btx` > `soft`, json | **not seen** |" in page
+    assert "| four | `soft` = (within 0.05) `unbalanced`, mean | **seen** |" in page
+    html = (out / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == page.count(".png)") == 4
+    assert "<td><code>btx</code></td>" in html
+    assert not re.search(r"\*\*|`", re.sub(r"base64,[^\"]*", "", html))
+
+
+def test_one_random_seed_has_no_spread(tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path,
+        variants={"btx": [], "dense": ["method=dense"]},
+        random_seeds=[1],
+        predictions=[{"claim": "c", "rows": ["btx", "dense"]}],
+    )
+    variants = expand(path, [])
+    for variant in variants:
+        write_run(variant)
+    results = write_results(load_recipe(path), variants, tmp_path / "compare")
+    assert results["predictions"][0]["verdict"] == "undecided"
+    assert json.loads((tmp_path / "compare" / "compare.json").read_text()) == results  # no Infinity
+    assert "(one random seed)" in (tmp_path / "compare" / "report.md").read_text()
+
+
+def test_a_router_is_needed_to_speak_of_its_load(tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path,
+        variants={"btx": [], "dense": ["method=dense"]},
+        random_seeds=[1],
+        predictions=[{"claim": "c", "rows": ["btx", "dense"], "measure": "least_load"}],
+    )
+    with pytest.raises(
+        UserError, match=r"compare.predictions\[0\].measure least_load: 'dense' has no router that is"
+    ):
+        expand_and_check(path)
+
+
+def expand_and_check(path: Path) -> None:
+    from btx_megatron.comparison.results import check_predictions
+
+    check_predictions(load_recipe(path).compare.predictions, expand(path, []))
+
+
+def test_both_pages_say_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG")
+    blocks = [
+        Heading("A < B"),
+        Text("`x < 1` & **bold `y`**"),
+        Table(["name", "n"], [["`a`", "1"], ["b & c", "**2**"]]),
+        Picture("A picture", "a.png"),
+    ]
+    text = markdown("T", blocks)
+    assert text.startswith(
+        "# T\n\n## A < B\n\n`x < 1` & **bold `y`**\n\n| name | n |\n| --- | ---: |\n| `a` | 1 |\n"
+    )
+    assert text.endswith("![A picture](a.png)\n")
+    page = one_html("T", blocks, tmp_path)
+    assert "<h2>A &lt; B</h2>" in page
+    assert "<p><code>x &lt; 1</code> &amp; <b>bold <code>y</code></b></p>" in page
+    assert '<tr><td>b &amp; c</td><td class="n"><b>2</b></td></tr>' in page
+    assert 'src="data:image/png;base64,iVBORw=="' in page

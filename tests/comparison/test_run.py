@@ -1,0 +1,116 @@
+"""A whole comparison on the real engine: equal stages shared, no key that leaves out what is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipes import write_recipe
+
+from btx_megatron.comparison.run import run_comparison
+from btx_megatron.comparison.variants import expand
+from btx_megatron.launch.local import run_pipeline
+from btx_megatron.launch.machine import Machine, this_machine
+from btx_megatron.pipeline import PipelineStage
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+VARIANTS = {
+    "btx": ["baselines=[dense,sparse_upcycling_dm]"],
+    "unbalanced": ["moe.moe_router_load_balancing_type=none"],
+    "ties": ["mix.average=ties"],
+    "dense": ["method=dense"],
+}
+PREDICTIONS = [
+    {"claim": "training on helps", "rows": ["dense", "seed"]},
+    {"claim": "the share of the least used", "rows": ["unbalanced", "btx"], "measure": "least_load"},
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardedMachine(Machine):
+    def command(self, stage: PipelineStage, job_file: Path) -> list[str]:
+        *command, module, worker, job = super().command(stage, job_file)
+        assert (module, worker) == ("-m", "btx_megatron.launch.worker")
+        return [*command, str(Path(__file__).with_name("guarded_worker.py")), job]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    path = write_recipe(
+        tmp_path_factory.mktemp("compare"), variants=VARIANTS, predictions=PREDICTIONS, random_seeds=[1, 2]
+    )
+    here = this_machine("cpu")
+    machine = GuardedMachine(**{field.name: getattr(here, field.name) for field in dataclasses.fields(here)})
+    out = run_comparison(path, [], machine)
+    return path, json.loads((out / "compare.json").read_text())
+
+
+def test_equal_stages_ran_once(compared: tuple[Path, dict[str, Any]]) -> None:
+    path, _ = compared
+    links = {
+        str(link.relative_to(path.parent / "runs"))
+        for link in (path.parent / "runs").rglob("*")
+        if link.is_symlink() and "compare" not in link.parts
+    }
+    experts = {"experts/json", "experts/mail"}
+    first = {
+        f"seed-1/{name}/{stage}"
+        for name, stages in {
+            "unbalanced": {"data", "seed", *experts, "mix", "average"},
+            "ties": {"data", "seed", *experts},
+            "dense": {"data", "seed", "dense"},
+        }.items()
+        for stage in stages
+    }
+    second = {link.replace("seed-1", "seed-2") for link in first} | {"seed-2/btx/data"}
+    assert links == first | second
+
+
+def test_what_is_told(compared: tuple[Path, dict[str, Any]]) -> None:
+    path, results = compared
+    rows = results["rows"]
+    assert results["random_seeds"] == [1, 2]
+    assert list(rows)[:4] == list(VARIANTS)
+    assert {"seed", "sparse_upcycling_dm", "merged", "ties/average"} <= set(rows)
+    assert len(set(rows["btx"]["held_out_loss"]["mean"]["values"])) == 2  # seeds differ
+    dense = rows["dense"]["held_out_loss"]["mean"]["values"]
+    for number, seed in enumerate((1, 2)):
+        report = path.parent / "runs" / f"seed-{seed}" / "btx" / "report" / "summary.json"
+        assert json.loads(report.read_text())["held_out_loss"]["dense"]["mean"] == dense[number]
+    assert results["predictions"][0]["verdict"] == "seen"
+    assert all(0 <= load <= 1 for load in rows["btx"]["least_load"]["values"])
+    assert rows["dense"]["least_load"] is None
+    assert [len(of_seed) for of_seed in results["variants"]["btx"]["load_by_step"]] == [3, 3]
+    out = path.parent / "runs" / "compare"
+    page = (out / "report.md").read_text()
+    for name in ("losses", "compute", "routing", "load"):
+        assert f"({name}.png)" in page
+        assert (out / f"{name}.png").stat().st_size > 5000
+    assert "data:image/png;base64," in (out / "report.html").read_text()
+
+
+def test_sharing_changes_no_number(compared: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    path, results = compared
+    (ties,) = [v for v in expand(path, []) if (v.name, v.random_seed) == ("ties", 2)]
+    ties.recipe.run_folder = str(tmp_path / "alone")
+    run_pipeline(ties.recipe, this_machine("cpu"))
+    summary = json.loads((tmp_path / "alone" / "report" / "summary.json").read_text())
+    assert (
+        summary["held_out_loss"]["btx"]["mean"]
+        == results["rows"]["ties"]["held_out_loss"]["mean"]["values"][1]
+    )
+    assert summary["tokens"]["btx"] == results["rows"]["ties"]["tokens"]
+
+
+def test_it_goes_on_where_it_was(compared: tuple[Path, dict[str, Any]]) -> None:
+    path, results = compared
+    shutil.rmtree(path.parent / "runs" / "compare")
+    shutil.rmtree(path.parent / "runs" / "seed-2" / "dense")
+    out = run_comparison(path, [], this_machine("cpu"))
+    again = json.loads((out / "compare.json").read_text())
+    assert again["rows"] == results["rows"]
