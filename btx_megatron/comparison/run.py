@@ -35,11 +35,16 @@ def run_comparison(path: Path, overrides: list[str], machine: Machine | None = N
             except StageFailed as error:
                 failed.append(f"random seed {seed}, {variant.name}: {error}")
         if not failed:
-            done = [variant for variant in variants if variant.run.manifest("report")]
-            write_results(recipe, done, results)
+            write_results(recipe, _complete(variants), results)
     if failed:
         raise StageFailed("\n".join(failed))
     return results
+
+
+def _complete(variants: list[Variant]) -> list[Variant]:
+    """Those of random seeds of which every variant is finished."""
+    unfinished = {variant.random_seed for variant in variants if not variant.run.manifest("report")}
+    return [variant for variant in variants if variant.random_seed not in unfinished]
 
 
 def _run(variant: Variant, variants: list[Variant], machine: Machine | None) -> None:

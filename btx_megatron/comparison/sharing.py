@@ -28,7 +28,7 @@ _READS_OF_MIXTURE: dict[str, dict[str, tuple[str, ...]]] = {
     "seed": {},
     "expert": {},
     "dense": {},
-    "average": {"mix": ("average", "weights", "density", "random_seed")},
+    "average": {"mix": ("average", "weights", "density", "random_seed", "include_seed", "grow_experts")},
     "mix": {"moe": ("moe_router_type", "moe_router_topk", "moe_router_pre_softmax")},
     "upcycle": {"moe": ("moe_router_type", "moe_router_topk", "moe_router_pre_softmax")},
 }
