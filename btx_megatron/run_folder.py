@@ -133,7 +133,10 @@ class RunFolder:
     def _holds_results(self) -> bool:
         """True once a stage is finished, has a checkpoint or is worked on; then the recipe stays."""
         return (
-            any(read_manifest(path) for path in [*self.path.iterdir(), *self.path.glob("experts/*")])
+            any(
+                (path / MANIFEST_FILE).exists()
+                for path in [*self.path.iterdir(), *self.path.glob("experts/*")]
+            )
             or any(self.path.glob(".work/**/checkpoints/*"))
             or any(self.is_locked(path.name) for path in (self.path / LOCKS).iterdir() if path.name != _CLAIM)
         )
