@@ -9,7 +9,8 @@
 
 A stage works below ``.work`` and is renamed into place once it is whole and on disk: no reader ever sees
 half a stage, and a rename on one file system either happens or does not. Several ``btx`` may work in one
-run, each on stages of its own: experts trained apart, on as many machines, meet in one folder.
+run, each on stages of its own: experts trained apart, on as many machines, meet in one folder. A finished
+stage may be a link to another run's that is equal to it (comparison/sharing.py).
 """
 
 from __future__ import annotations
