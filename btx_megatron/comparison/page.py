@@ -14,7 +14,7 @@ from typing import Any
 
 from btx_megatron.comparison.pictures import draw_all
 from btx_megatron.estimate_flops import flops_text
-from btx_megatron.evaluation.page import machine_text
+from btx_megatron.evaluation.page import machine_text, markdown_table, versions_text
 from btx_megatron.recipe_compare import LEAST_LOAD
 
 REPORT = "report"
@@ -88,8 +88,8 @@ def page_blocks(results: dict[str, Any], pictures: dict[str, str]) -> Iterator[B
     if results["predictions"]:
         yield Heading("Predictions")
         yield Text(
-            "Written into the recipe before anything ran. Seen: the whole 95 % interval of the difference "
-            "(first row minus second) lies on the predicted side; not seen: on the other; else undecided."
+            "As the recipe has them. Seen: the whole 95 % interval of the difference (first row minus "
+            "second) is where it is expected; not seen: all of it is elsewhere; else undecided."
         )
         yield predictions_table(results)
     yield Heading("How it was made")
@@ -163,11 +163,10 @@ def variants_table(results: dict[str, Any]) -> Table:
 
 
 def _made_with(results: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    commit = f"code at commit `{results['code_commit']}`" if results["code_commit"] else "code outside git"
+    made_with = versions_text(results["versions"], results["code_commit"])
     return (
-        f"Versions: {versions}; {commit}. Written on {machine_text()}. Each run's folder has its resolved "
-        "recipe; times are wall times of a machine that may have had other work to do."
+        f"{made_with} Written on {machine_text()}. Each run's folder has its resolved recipe; times "
+        "are wall times of a machine that may have had other work to do."
     )
 
 
@@ -194,10 +193,7 @@ def markdown(title: str, blocks: list[Block]) -> str:
         elif isinstance(block, Picture):
             parts.append(f"![{block.title}]({block.file})")
         else:
-            aligned = ["---"] * block.texts + ["---:"] * (len(block.head) - block.texts)
-            parts.append(
-                "\n".join("| " + " | ".join(cells) + " |" for cells in [block.head, aligned, *block.lines])
-            )
+            parts.append(markdown_table(block.head, block.lines, block.texts))
     return "\n\n".join(parts) + "\n"
 
 

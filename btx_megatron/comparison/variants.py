@@ -14,8 +14,8 @@ from pathlib import Path
 
 from btx_megatron.comparison.sharing import stage_keys
 from btx_megatron.errors import UserError
-from btx_megatron.estimate import stage_tokens, step_tokens
-from btx_megatron.estimate_flops import training_flops_per_token
+from btx_megatron.estimate import stage_tokens
+from btx_megatron.estimate_flops import stage_flops
 from btx_megatron.evaluation.rows import main_row, spent_on
 from btx_megatron.methods import main_stage
 from btx_megatron.recipe import Compare, Recipe
@@ -104,21 +104,15 @@ def _match(recipe: Recipe, first: Recipe, match: str, where: str) -> None:
     last = main_stage(recipe)
     if recipe is first or last is None:  # ensembles of experts have no last stage
         return
-    before = [stage for stage in spent_on(recipe, main_row(recipe)) if stage != last]
-    wanted = _cost(first, spent_on(first, main_row(first)), match)
-    left = wanted - _cost(recipe, before, match)
-    steps = round(left / (step_tokens(recipe, last) * _weight(recipe, last, match)))
+    cost = {"tokens": stage_tokens, "flops": stage_flops}[match]
+    training = recipe.stage(last).training
+    assert training.train_iters
+    wanted = sum(cost(first, stage) for stage in spent_on(first, main_row(first)))
+    before = sum(cost(recipe, stage) for stage in spent_on(recipe, main_row(recipe)) if stage != last)
+    steps = round((wanted - before) / cost(recipe, last) * training.train_iters)
     if steps < 1:
         raise UserError(
             f"{where}: compare.match {match}: what comes before {last} takes as much as the first variant "
             f"altogether; train that longer, or set compare.match: null"
         )
-    recipe.stage(last).training.train_iters = steps
-
-
-def _cost(recipe: Recipe, stages: list[str], match: str) -> float:
-    return sum(stage_tokens(recipe, stage) * _weight(recipe, stage, match) for stage in stages)
-
-
-def _weight(recipe: Recipe, stage: str, match: str) -> float:
-    return training_flops_per_token(recipe, stage) if match == "flops" else 1.0
+    training.train_iters = steps

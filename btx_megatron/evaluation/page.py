@@ -75,7 +75,7 @@ def loss_table(summary: dict[str, Any]) -> str:
     for row, values in losses.items():
         cells = [f"**{v:.3f}**" if v == best[column] else f"{v:.3f}" for column, v in values.items()]
         lines.append([f"`{row}`", *cells, f"{summary['tokens'][row]:,}", flops_text(summary["flops"][row])])
-    return _table(["model", *columns, "training tokens", "training FLOPs"], lines)
+    return markdown_table(["model", *columns, "training tokens", "training FLOPs"], lines)
 
 
 def verdict(summary: dict[str, Any], main: str = "btx") -> str:
@@ -127,7 +127,7 @@ def clusters_section(recipe: Recipe, clusters: dict[str, Any] | None) -> list[st
         "Found in the training documents without their domains; counted here are documents of "
         "each domain, and told the words that weigh most in a cluster's centre."
     )
-    return ["## Clusters", text, _table(["cluster", "words", *recipe.domain_names], lines, texts=2)]
+    return ["## Clusters", text, markdown_table(["cluster", "words", *recipe.domain_names], lines, texts=2)]
 
 
 def routing_section(routing: dict[str, Any] | None) -> list[str]:
@@ -152,7 +152,7 @@ def routing_table(routing: dict[str, Any]) -> str:
         f"most {math.log(domains):.3f}), and the balanced accuracy of a guess ({1 / domains:.0%} by chance)."
     )
     head = ["layer", "experts a token", "mutual information", "guessed right"]
-    return f"{_table(head, lines)}\n\n{text}"
+    return f"{markdown_table(head, lines)}\n\n{text}"
 
 
 def retention_text(losses: Losses, main: str) -> str:
@@ -205,14 +205,20 @@ def stage_table(recipe: Recipe, manifests: dict[str, Manifest]) -> str:
         layout = recipe.evaluate.layout if stage == "evaluate" else layout
         tokens = f"{manifest.tokens:,}" if manifest.tokens else ""
         lines.append([stage, str(layout) if layout else "", tokens, f"{manifest.duration_seconds:.1f}"])
-    return _table(["stage", "layout", "training tokens", "seconds"], lines, texts=2)
+    return markdown_table(["stage", "layout", "training tokens", "seconds"], lines, texts=2)
 
 
 def environment_text(manifest: Manifest) -> str:
     """Versions and commit of the evaluation, and the machine that writes the report."""
-    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    commit = f"code at commit `{manifest.code_commit}`" if manifest.code_commit else "code outside git"
-    return f"Versions: {versions}; {commit}. The report was written on {machine_text()}."
+    made_with = versions_text(manifest.versions, manifest.code_commit)
+    return f"{made_with} The report was written on {machine_text()}."
+
+
+def versions_text(versions: dict[str, str], code_commit: str | None) -> str:
+    """What a manifest says of the packages and the code that made a result."""
+    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    commit = f"code at commit `{code_commit}`" if code_commit else "code outside git"
+    return f"Versions: {told}; {commit}."
 
 
 def machine_text() -> str:
@@ -240,7 +246,7 @@ def _compare(ours: float, theirs: float, other: str) -> str:
     return f"{abs(ours - theirs):.3f} nats {'better' if ours < theirs else 'worse'} than {other}"
 
 
-def _table(head: list[str], lines: list[list[str]], texts: int = 1) -> str:
+def markdown_table(head: list[str], lines: list[list[str]], texts: int = 1) -> str:
     """A Markdown table whose first ``texts`` columns are text and the others numbers."""
     aligned = ["---"] * texts + ["---:"] * (len(head) - texts)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, aligned, *lines])
