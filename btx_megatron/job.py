@@ -54,6 +54,8 @@ class Job:
     """Where the worker writes; the supervisor publishes it."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Fingerprint of each stage that this one reads."""
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of the evaluation: row -> domain -> held-out loss, where it is known and need not be measured."""
 
     @property
     def data_folder(self) -> Path:
@@ -82,6 +84,7 @@ def write_job(job: Job) -> Path:
         "run_folder": str(job.run_folder),
         "work_folder": str(job.work_folder),
         "inputs": job.inputs,
+        "measured": job.measured,
     }
     path = job.work_folder / JOB_FILE
     write_durably(path, json.dumps(content, indent=1))
@@ -98,4 +101,5 @@ def read_job(path: Path) -> Job:
         run_folder=Path(content["run_folder"]),
         work_folder=Path(content["work_folder"]),
         inputs=content["inputs"],
+        measured=content["measured"],
     )

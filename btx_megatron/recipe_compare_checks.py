@@ -10,6 +10,7 @@ from btx_megatron.recipe_compare import LEAST_LOAD
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _OF_ALL = re.compile(r"(compare|run_folder)\b")
+_RANDOM_SEED = re.compile(r"(.*\.)?training\.seed=|mix\.random_seed=|moe\.moe_router_seed=")
 
 
 def compare_problems(recipe: Recipe) -> Iterator[str]:
@@ -24,6 +25,8 @@ def compare_problems(recipe: Recipe) -> Iterator[str]:
         for override in overrides:
             if _OF_ALL.match(override):
                 yield f"compare.variants.{name}: '{override}' is for all variants; set it in the recipe"
+            if _RANDOM_SEED.match(override):
+                yield f"compare.variants.{name}: '{override}': compare.random_seeds gives it to all"
     yield from _prediction_problems(compare, [*recipe.domain_names, "mean", LEAST_LOAD])
 
 

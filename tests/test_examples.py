@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from btx_megatron.comparison.results import check_predictions
+from btx_megatron.comparison.variants import expand
 from btx_megatron.estimate import (
     parameter_counts,
     recipe_parameter_counts,
@@ -69,6 +71,24 @@ def test_growing_goes_on_from_quickstart(tmp_path: Path) -> None:
     assert recipe.model == quickstart.model
     assert recipe.data.domains[:3] == quickstart.data.domains
     assert not Path(recipe.run_folder).is_absolute()
+
+
+def test_the_papers_small_recipes_share_their_models() -> None:
+    """All that is said outside ``compare`` is equal, and no two name a variant alike that is not."""
+    contents = [
+        yaml.safe_load(path.read_text()) for path in sorted((EXAMPLES / "paper_small").glob("*.yaml"))
+    ]
+    variants: dict[str, list[str]] = {}
+    for content in contents:
+        for name, overrides in content["compare"]["variants"].items():
+            assert variants.setdefault(name, overrides) == overrides
+    own = [{k: v for k, v in content.items() if k not in ("name", "compare")} for content in contents]
+    assert len(own) == 3
+    assert own[1:] == own[:-1]
+    for path in (EXAMPLES / "paper_small").glob("*.yaml"):
+        predictions = load_recipe(path).compare.predictions
+        assert predictions
+        check_predictions(predictions, expand(path, []))
 
 
 def test_smollm2_is_described() -> None:

@@ -1,73 +1,25 @@
-"""Every number of a comparison, from what its runs left on disk: compare.json, and the pages made of it.
-
-Rows are the variants' own models, by the variant's name, and the other models that their runs measured (seed,
-experts, averages, baselines, ensembles): by their own name where they are of the first variant that has them,
-as VARIANT/ROW where another variant's is another model.
-"""
+"""Every number of a comparison, from what its runs left on disk: compare.json, and the pages made of it."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from btx_megatron.comparison.rows import Row, rows_of_comparison
 from btx_megatron.comparison.statistics import Spread, difference, verdict
 from btx_megatron.comparison.variants import Variant
 from btx_megatron.durable import write_durably
 from btx_megatron.errors import UserError
 from btx_megatron.estimate import recipe_parameter_counts
 from btx_megatron.evaluation.report import MEAN
-from btx_megatron.evaluation.rows import (
-    MOE_ROWS,
-    WITHOUT,
-    all_rows,
-    ensemble_rows,
-    main_row,
-    rows_of,
-    spent_on,
-)
+from btx_megatron.evaluation.rows import EVALUATION_FILE, MOE_ROWS, ensemble_rows
 from btx_megatron.methods import main_stage
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_compare import LEAST_LOAD, Prediction
 
-_FOR_TRAINING = (
-    "moe_router_load_balancing_type",
-    "moe_aux_loss_coeff",
-    "moe_aux_loss_adaptive",
-    "moe_z_loss_coeff",
-)
-"""Of ``moe``: without effect on what a model computes."""
-
 COMPARISON_FILE = "compare.json"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model of the table."""
-
-    name: str
-    variant: str
-    """In whose runs it is."""
-    row: str
-    """Its name there."""
-
-
-def rows_of_comparison(variants: list[Variant]) -> list[Row]:
-    """The variants' own models first, then the others, each once. ``variants``: of one random seed."""
-    own = [Row(variant.name, variant.name, main_row(variant.recipe)) for variant in variants]
-    seen = {_identity(variant, main_row(variant.recipe)) for variant in variants}
-    names, others = {row.name for row in own}, []
-    for variant in variants:
-        for row in all_rows(variant.recipe):
-            identity = _identity(variant, row)
-            if identity in seen:
-                continue
-            seen.add(identity)
-            name = f"{variant.name}/{row}" if row in names else row
-            names.add(name)
-            others.append(Row(name, variant.name, row))
-    return [*own, *others]
 
 
 def check_predictions(predictions: list[Prediction], variants: list[Variant]) -> None:
@@ -138,7 +90,7 @@ class _Run:
     def __init__(self, variant: Variant) -> None:
         self.recipe, self._folder = variant.recipe, variant.run
         self.summary = self._read("report", "summary.json")
-        self.evaluation = self._read("evaluate", "evaluation.json")
+        self.evaluation = self._read("evaluate", EVALUATION_FILE)
 
     def _read(self, stage: str, file: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(
@@ -250,14 +202,3 @@ def _values(row: dict[str, Any], prediction: Prediction) -> list[float]:
 
 def _finite(number: float) -> float | None:
     return None if number == float("inf") else number
-
-
-def _identity(variant: Variant, row: str) -> tuple[str, ...]:
-    """What tells a row's model from another's: its name in the run, and the keys of what it is made from."""
-    recipe, keys = variant.recipe, variant.keys
-    stages = [rows_of(recipe)[row]] if row in rows_of(recipe) else spent_on(recipe, row)
-    own = row if row not in rows_of(recipe) or row.startswith(WITHOUT) else ""
-    router = ""  # the same weights may be routed otherwise
-    if row in MOE_ROWS:
-        router = json.dumps({k: v for k, v in asdict(recipe.moe).items() if k not in _FOR_TRAINING})
-    return (own, router, *(keys[stage] for stage in stages))

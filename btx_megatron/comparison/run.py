@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from btx_megatron.comparison.results import check_predictions, write_results
+from btx_megatron.comparison.rows import measured_before
 from btx_megatron.comparison.sharing import link_finished
-from btx_megatron.comparison.variants import Variant, expand
+from btx_megatron.comparison.variants import Variant, expand, variants_on_disk
 from btx_megatron.errors import StageFailed
 from btx_megatron.launch.local import run_pipeline
 from btx_megatron.launch.machine import Machine
 from btx_megatron.recipe_file import load_recipe
 
 RESULTS = "compare"
-"""The folder of the results, beside the random seeds' folders."""
+"""The folder of the results, beside the random seeds'; in it one for each recipe that compares here."""
 
 
 def run_comparison(path: Path, overrides: list[str], machine: Machine | None = None) -> Path:
@@ -25,13 +26,16 @@ def run_comparison(path: Path, overrides: list[str], machine: Machine | None = N
     recipe = load_recipe(path, overrides)
     variants = expand(path, overrides)
     check_predictions(recipe.compare.predictions, variants)
-    results, failed = Path(recipe.run_folder) / RESULTS, []
+    folder = Path(recipe.run_folder)
+    results, failed = folder / RESULTS / recipe.name, []
+    planned = {variant.run.path for variant in variants}
+    others = [variant for variant in variants_on_disk(folder) if variant.run.path not in planned]
     for seed in recipe.compare.random_seeds:
         of_seed = [variant for variant in variants if variant.random_seed == seed]
         for number, variant in enumerate(of_seed, 1):
             print(f"== random seed {seed}, {variant.name} ({number} of {len(of_seed)})", flush=True)
             try:
-                _run(variant, variants, machine)
+                _run(variant, [*variants, *others], machine)
             except StageFailed as error:
                 failed.append(f"random seed {seed}, {variant.name}: {error}")
         if not failed:
@@ -47,10 +51,10 @@ def _complete(variants: list[Variant]) -> list[Variant]:
     return [variant for variant in variants if variant.random_seed not in unfinished]
 
 
-def _run(variant: Variant, variants: list[Variant], machine: Machine | None) -> None:
+def _run(variant: Variant, known: list[Variant], machine: Machine | None) -> None:
     variant.run.claim(variant.recipe)
-    others = [(other.run, other.keys) for other in variants if other is not variant]
-    linked = link_finished(variant.run, variant.keys, others)
+    others = [other for other in known if other is not variant]
+    linked = link_finished(variant.run, variant.keys, [(other.run, other.keys) for other in others])
     if linked:
         print(f"taken from another variant: {', '.join(linked)}", flush=True)
-    run_pipeline(variant.recipe, machine)
+    run_pipeline(variant.recipe, machine, measured_before(variant, others))

@@ -7,6 +7,7 @@ nothing beside each other.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +20,7 @@ from btx_megatron.estimate_flops import stage_flops
 from btx_megatron.evaluation.rows import main_row, spent_on
 from btx_megatron.methods import main_stage
 from btx_megatron.recipe import Compare, Recipe
-from btx_megatron.recipe_file import load_recipe
+from btx_megatron.recipe_file import RECIPE_FILE, load_recipe
 from btx_megatron.recipe_mix import draws
 from btx_megatron.run_folder import RunFolder
 
@@ -59,6 +60,16 @@ def expand(path: Path, overrides: list[str]) -> list[Variant]:
     ]
 
 
+def variants_on_disk(folder: Path) -> list[Variant]:
+    """The runs that lie in a comparison's folder, of whichever recipe; what cannot be read is left out."""
+    found = []
+    for path in sorted(folder.glob(f"seed-*/*/{RECIPE_FILE}")):
+        with contextlib.suppress(UserError, ValueError):
+            seed = int(path.parent.parent.name.removeprefix("seed-"))
+            found.append(Variant(path.parent.name, seed, RunFolder(path.parent).recipe()))
+    return found
+
+
 def _of_seed(path: Path, overrides: list[str], base: Recipe, seed: int) -> Iterator[Variant]:
     first: Variant | None = None
     for name, changes in base.compare.variants.items():
@@ -67,7 +78,7 @@ def _of_seed(path: Path, overrides: list[str], base: Recipe, seed: int) -> Itera
             recipe = load_recipe(path, [*overrides, *changes])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        recipe.name, recipe.compare = f"{base.name}/{name}", Compare()
+        recipe.name, recipe.compare = name, Compare()
         recipe.run_folder = str(Path(base.run_folder) / f"seed-{seed}" / name)
         _set_random_seed(recipe, seed)
         variant = Variant(name, seed, recipe)

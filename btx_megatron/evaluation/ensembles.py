@@ -55,12 +55,16 @@ class Ensembles:
             self._windows["prior"] = {name: self._training_windows(name) for name in windows}
         self._heard: dict[tuple[str, str, str], Floats] = {}
 
+    def hears(self, row: str) -> bool:
+        """Whether the row is one of the experts."""
+        return row in self._sources.values()
+
     def hear(self, row: str, model: Model) -> dict[str, float] | None:
         """Let the model of a row read everything, and tell its held-out loss by domain. A collective.
 
         None, and nothing is read, where it is none of the experts.
         """
-        if row not in self._sources.values():
+        if not self.hears(row):
             return None
         for side, domains in self._windows.items():
             for domain, its in domains.items():

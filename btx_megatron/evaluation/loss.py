@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from btx_megatron.data.held_out import held_out_windows
-from btx_megatron.evaluation.rows import ensemble_rows, main_row, opted_out, rows_of
+from btx_megatron.evaluation.rows import EVALUATION_FILE, ensemble_rows, main_row, opted_out, rows_of
 from btx_megatron.expert_masks import allowed_experts
 from btx_megatron.job import CHECKPOINTS, Job
 from btx_megatron.methods import main_stage
@@ -33,7 +33,10 @@ Windows = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def run_evaluation(job: Job) -> dict[str, Any]:
-    """Evaluate every row on every domain; rank 0 writes ``evaluation.json`` and all return its content."""
+    """Evaluate every row on every domain; rank 0 writes ``evaluation.json``.
+
+    Rows that another run has measured (``job.measured``) are taken as they are.
+    """
     recipe = job.recipe
     stage = Stage(
         training=replace(
@@ -48,7 +51,7 @@ def run_evaluation(job: Job) -> dict[str, Any]:
         ranks.set_layout(stage.layout, recipe.training.seed)
         result = _evaluate_rows(job, stage)
         if torch.distributed.get_rank() == 0:
-            (job.work_folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+            (job.work_folder / EVALUATION_FILE).write_text(json.dumps(result, indent=2) + "\n")
     return {"held_out_tokens": result["held_out_tokens"]}
 
 
@@ -66,6 +69,9 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
     routing: dict[str, Any] = {}
     ensembles = _ensembles(job, stage, windows)
     for done, (row, made_by) in enumerate(rows.items()):
+        if row in job.measured and not (ensembles and ensembles.hears(row)):
+            losses[row] = job.measured[row]
+            continue
         if progress:
             progress.update("evaluating", done, len(rows), row)
         experts = recipe.num_experts(made_by)

@@ -18,7 +18,7 @@ from btx_megatron.errors import UserError
 from btx_megatron.estimate import recipe_parameter_counts
 from btx_megatron.estimate_flops import flops_text, training_flops_per_token
 from btx_megatron.evaluation.page import render_page
-from btx_megatron.evaluation.rows import all_rows, spent_on
+from btx_megatron.evaluation.rows import EVALUATION_FILE, all_rows, spent_on
 from btx_megatron.manifest import Manifest
 from btx_megatron.methods import stage_names, training_stages
 from btx_megatron.recipe import Recipe
@@ -52,7 +52,7 @@ def write_report(recipe: Recipe, run_folder: Path, out: Path) -> dict[str, Any]:
 
 def read_evaluation(recipe: Recipe, run_folder: Path) -> dict[str, Any]:
     """What ``evaluate`` measured. Raises UserError where it did not run, or measured another set of rows."""
-    path = RunFolder(run_folder).published("evaluate") / "evaluation.json"
+    path = RunFolder(run_folder).published("evaluate") / EVALUATION_FILE
     try:
         evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from btx_megatron.methods import baseline_stages, main_stage
 from btx_megatron.recipe import GROWN_FROM, SEED, Recipe
 
+EVALUATION_FILE = "evaluation.json"
+"""What the evaluation tells of them, in its folder."""
+
 MOE_ROWS = (GROWN_FROM, "merged", "btx", "sparse_upcycling_dm", "sparse_upcycling_cm")
 """Rows whose model is a mixture of experts."""
 PARAMETERS_ROW = "btm:parameters"

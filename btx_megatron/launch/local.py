@@ -31,12 +31,15 @@ from btx_megatron.runtime.supervisor import Command, Supervisor
 _SECONDS_BETWEEN_POLLS = 0.1
 
 
-def run_pipeline(recipe: Recipe, machine: Machine | None = None) -> None:
+def run_pipeline(
+    recipe: Recipe, machine: Machine | None = None, measured: dict[str, dict[str, float]] | None = None
+) -> None:
     """Run all stages that are not finished, in the recipe's run folder, on this (or the given) machine.
 
+    ``measured``: row -> domain -> held-out loss, which the evaluation takes as it is.
     Raises UserError, StageFailed (after everything that could go on has), or Stopped.
     """
-    _run(recipe, {"report", "export"}, machine or this_machine(recipe.launch.device))
+    _run(recipe, {"report", "export"}, machine or this_machine(recipe.launch.device), measured=measured)
 
 
 def run_stages(
@@ -60,6 +63,7 @@ def _run(
     machine: Machine,
     alone: bool = False,
     again: bool = False,
+    measured: dict[str, dict[str, float]] | None = None,
 ) -> None:
     with Supervisor() as supervisor:  # it hears signals from here on
         run = RunFolder(recipe.run_folder)
@@ -79,7 +83,7 @@ def _run(
             if not stages:
                 gone = "" if alone else _what_is_gone(recipe, run)
                 display.say(f"nothing to do: finished already, in {run.path}{gone}")
-            _LocalRun(recipe, run, machine, supervisor, display).work_off(stages)
+            _LocalRun(recipe, run, machine, supervisor, display, measured or {}).work_off(stages)
 
 
 def _what_is_gone(recipe: Recipe, run: RunFolder) -> str:
@@ -107,9 +111,10 @@ class _LocalRun:
         machine: Machine,
         supervisor: Supervisor,
         display: Display,
+        measured: dict[str, dict[str, float]],
     ) -> None:
         self.recipe, self.run, self.machine = recipe, run, machine
-        self.supervisor, self.display = supervisor, display
+        self.supervisor, self.display, self.measured = supervisor, display, measured
         self.waiting: list[PipelineStage] = []
         self.made_anew: set[str] = set()
         self.jobs: dict[str, Job] = {}
@@ -218,7 +223,8 @@ class _LocalRun:
                 f"{work} was begun from another {', '.join(stage.inputs)} than lies in {self.run.path} now; "
                 "delete it to begin anew"
             )
-        return Job(stage.task, stage.name, self.recipe, self.run.path, work, inputs)
+        measured = self.measured if stage.task == "evaluate" else {}
+        return Job(stage.task, stage.name, self.recipe, self.run.path, work, inputs, measured)
 
     # watching and ending
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from recipes import write_recipe
 
 from btx_megatron.comparison.run import run_comparison
@@ -86,7 +87,7 @@ def test_what_is_told(compared: tuple[Path, dict[str, Any]]) -> None:
     assert all(0 <= load <= 1 for load in rows["btx"]["least_load"]["values"])
     assert rows["dense"]["least_load"] is None
     assert [len(of_seed) for of_seed in results["variants"]["btx"]["load_by_step"]] == [3, 3]
-    out = path.parent / "runs" / "compare"
+    out = path.parent / "runs" / "compare" / "tiny"
     page = (out / "report.md").read_text()
     for name in ("losses", "compute", "routing", "load"):
         assert f"({name}.png)" in page
@@ -107,9 +108,53 @@ def test_sharing_changes_no_number(compared: tuple[Path, dict[str, Any]], tmp_pa
     assert summary["tokens"]["btx"] == results["rows"]["ties"]["tokens"]
 
 
+def test_what_was_measured_is_not_measured_again(compared: tuple[Path, dict[str, Any]]) -> None:
+    """A loss that nobody can measure comes back from the run that has it; the variant's own is its own."""
+    path, results = compared
+    runs = path.parent / "runs" / "seed-2"
+    first = runs / "btx" / "evaluate" / "evaluation.json"
+    text = first.read_text()
+    told = json.loads(text)
+    for row in ("seed", "expert:json", "merged"):
+        told["held_out_loss"][row]["mail"] = 99.0
+    first.write_text(json.dumps(told))
+    for stage in ("evaluate", "report"):
+        shutil.rmtree(runs / "unbalanced" / stage)
+    run_comparison(path, [], this_machine("cpu"))
+    first.write_text(text)
+    again = json.loads((runs / "unbalanced" / "evaluate" / "evaluation.json").read_text())
+    losses = again["held_out_loss"]
+    assert losses["seed"]["mail"] == losses["expert:json"]["mail"] == losses["merged"]["mail"] == 99.0
+    assert losses["expert:mail"] == told["held_out_loss"]["expert:mail"]
+    assert losses["btx"]["mail"] == results["rows"]["unbalanced"]["held_out_loss"]["mail"]["values"][1]
+    for stage in ("evaluate", "report"):
+        shutil.rmtree(runs / "unbalanced" / stage)
+    run_comparison(path, [], this_machine("cpu"))
+
+
+def test_another_question_of_the_same_models(compared: tuple[Path, dict[str, Any]]) -> None:
+    """A second recipe in the same folder trains what the first one lacks, and has results of its own."""
+    path, results = compared
+    variants = {"btx": VARIANTS["btx"], "longer": ["stages.finetune.training.train_iters=16"]}
+    content = yaml.safe_load(path.read_text()) | {"name": "second"}
+    content["compare"] = {"variants": variants, "random_seeds": [1]}
+    second = path.with_name("second.yaml")
+    second.write_text(yaml.safe_dump(content))
+    out = run_comparison(second, [], this_machine("cpu"))
+    assert out == path.parent / "runs" / "compare" / "second"
+    told = json.loads((out / "compare.json").read_text())
+    losses = [both["rows"]["btx"]["held_out_loss"]["mean"]["values"][0] for both in (told, results)]
+    assert losses[0] == losses[1]
+    run = path.parent / "runs" / "seed-1" / "longer"
+    made_here = {stage.name for stage in run.iterdir() if stage.is_dir() and not stage.is_symlink()}
+    assert made_here - {".locks", ".work", "experts"} == {"finetune", "evaluate", "report"}
+    first = json.loads((path.parent / "runs" / "compare" / "tiny" / "compare.json").read_text())
+    assert first["rows"] == results["rows"]
+
+
 def test_it_goes_on_where_it_was(compared: tuple[Path, dict[str, Any]]) -> None:
     path, results = compared
-    shutil.rmtree(path.parent / "runs" / "compare")
+    shutil.rmtree(path.parent / "runs" / "compare" / "tiny")
     shutil.rmtree(path.parent / "runs" / "seed-2" / "dense")
     out = run_comparison(path, [], this_machine("cpu"))
     again = json.loads((out / "compare.json").read_text())

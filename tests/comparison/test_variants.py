@@ -9,7 +9,8 @@ import pytest
 import yaml
 from recipes import RECIPE, VARIANTS, write_recipe
 
-from btx_megatron.comparison.results import check_predictions, rows_of_comparison
+from btx_megatron.comparison.results import check_predictions
+from btx_megatron.comparison.rows import rows_of_comparison
 from btx_megatron.comparison.variants import Variant, expand
 from btx_megatron.errors import UserError
 from btx_megatron.estimate import stage_tokens, step_tokens
@@ -80,6 +81,8 @@ def test_noise_of_the_router_has_the_random_seed_too(tmp_path: Path) -> None:
         ({"variants": {"..": []}}, "names a folder"),
         ({"variants": {"a": ["run_folder=x"]}}, "compare.variants.a: 'run_folder=x' is for all variants"),
         ({"variants": {"a": ["compare.match=flops"]}}, "'compare.match=flops' is for all variants"),
+        ({"variants": {"a": ["stages.seed.training.seed=1"]}}, "compare.random_seeds gives it to all"),
+        ({"variants": {"a": ["mix.random_seed=1"]}}, "compare.random_seeds gives it to all"),
         ({"variants": {"a": ["moe.topk=1"]}}, "compare.variants.a: .*unknown key 'moe.topk'"),
         ({"variants": {"a": ["nothing"]}}, "compare.variants.a: override 'nothing': write it as"),
         (
