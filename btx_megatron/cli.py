@@ -155,7 +155,7 @@ def compare(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Train, measure and compare the recipe's variants over several random seeds (compare)."""
     from btx_megatron.comparison.run import run_comparison
 
-    print(f"comparison: {run_comparison(recipe, overrides or []) / 'report.md'}")
+    run_comparison(recipe, overrides or [])
 
 
 @app.command()
@@ -226,6 +226,46 @@ def verify(
         found |= checkpoint_loss(checkpoint, loss, tokenizer, seq_length)
     for what, value in found.items():
         print(f"{what}: {value}")
+
+
+@app.command()
+def tasks(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint folder of any format.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FORMAT=FILE", help="gsm8k, humaneval, mbpp, multiple_choice or nq; repeatable."
+        ),
+    ] = None,
+    fewshot: Annotated[
+        list[str] | None, typer.Option(metavar="FORMAT=FILE", help="Examples to show, for that format.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(metavar="N", help="How many; the benchmark's.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Ask the first documents only.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Of a generated answer.")] = 256,
+    execute_code: Annotated[
+        bool, typer.Option("--execute-code", help="Programs of the model may run here (humaneval, mbpp).")
+    ] = False,
+    through: Annotated[str, typer.Option(help="megatron, or hf: transformers, of an export.")] = "megatron",
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="tokenizer.json or a SentencePiece model.")
+    ] = None,
+    seq_length: Annotated[int | None, typer.Option(help="Tokens read at once; the checkpoint's.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every number there.")] = None,
+) -> None:
+    """Ask a checkpoint tasks from local files, with the lm-evaluation-harness."""
+    from btx_megatron.evaluation.ask import ask_tasks, told_tasks
+
+    told = told_tasks(task or [], fewshot or [], num_fewshot, limit, max_new_tokens)
+    ask_tasks(
+        checkpoint,
+        told,
+        execute_code=execute_code,
+        through=through,
+        tokenizer=tokenizer,
+        seq_length=seq_length,
+        out=json,
+    )
 
 
 @app.command()

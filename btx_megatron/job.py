@@ -54,8 +54,8 @@ class Job:
     """Where the worker writes; the supervisor publishes it."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Fingerprint of each stage that this one reads."""
-    measured: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Of the evaluation: row -> domain -> held-out loss, where it is known and need not be measured."""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """Of the evaluation: row -> its part of ``held_out_loss`` and ``tasks``, where both are known."""
 
     @property
     def data_folder(self) -> Path:

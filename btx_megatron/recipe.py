@@ -24,6 +24,7 @@ from btx_megatron.recipe_mix import ROUTERS_FROM_TEXT as ROUTERS_FROM_TEXT
 from btx_megatron.recipe_mix import Mix as Mix
 from btx_megatron.recipe_slurm import Slurm as Slurm
 from btx_megatron.recipe_slurm import SlurmJob as SlurmJob
+from btx_megatron.recipe_tasks import TaskFile as TaskFile
 from btx_megatron.recipe_training import Training as Training
 from btx_megatron.times import TimeWindow, parse_time_window
 
@@ -197,6 +198,10 @@ class Evaluate:
     opt_out: list[str] = field(default_factory=list)
     """Domains (or ``seed``, where it joins the mix) whose experts are opted out of the MoE, one at a time: a
     row ``without:DOMAIN`` each, of the same weights with those experts masked."""
+    tasks: list[TaskFile] = field(default_factory=list)
+    """Tasks in local files that every model is asked, too; ensembles, which are no models, are not."""
+    execute_code: bool = False
+    """Programs that a model writes for humaneval and mbpp may run here, in processes with limits."""
 
 
 @dataclass

@@ -25,6 +25,7 @@ from btx_megatron.recipe_mix_checks import mix_problems
 from btx_megatron.recipe_moe_checks import moe_problems
 from btx_megatron.recipe_numbers import at_least, divisors, positive
 from btx_megatron.recipe_slurm_checks import slurm_problems
+from btx_megatron.recipe_tasks import task_problems
 
 RESERVED_NAMES = (SEED, "mean")
 """``seed`` names an expert of its own, ``mean`` a column of the report."""
@@ -327,6 +328,7 @@ def _schedule_problems(key: str, training: Training, iters: int | None) -> Itera
 
 def _evaluate_problems(recipe: Recipe) -> Iterator[str]:
     yield from at_least("evaluate", recipe.evaluate, 1, ("micro_batch_size",))
+    yield from task_problems(recipe.evaluate.tasks, recipe.moe.moe_router_time_mask)
     yield from layout_problems("evaluate.layout", recipe.evaluate.layout, recipe, has_moe(recipe))
     cp = recipe.evaluate.layout.context_parallel_size
     if cp > 1:

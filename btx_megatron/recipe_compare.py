@@ -8,6 +8,9 @@ from typing import Literal
 LEAST_LOAD = "least_load"
 """What a prediction may speak of beside a domain's loss and the mean."""
 
+TASK = "task:"
+"""Before the name of a task, of which a prediction may speak, too."""
+
 
 @dataclass
 class Prediction:
@@ -23,7 +26,8 @@ class Prediction:
     """With ``equal``: what difference counts as none."""
     measure: str = "mean"
     """The value: held-out loss of a domain or their ``mean``; ``least_load``: the share of the routes that
-    the least used expert takes, over all layers and domains, as a multiple of an even share."""
+    the least used expert takes, over all layers and domains, as a multiple of an even share; ``task:NAME``:
+    of ``evaluate.tasks``."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from btx_megatron.recipe import Compare, Recipe
-from btx_megatron.recipe_compare import LEAST_LOAD
+from btx_megatron.recipe_compare import LEAST_LOAD, TASK
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _OF_ALL = re.compile(r"(compare|run_folder)\b")
@@ -27,7 +27,8 @@ def compare_problems(recipe: Recipe) -> Iterator[str]:
                 yield f"compare.variants.{name}: '{override}' is for all variants; set it in the recipe"
             if _RANDOM_SEED.match(override):
                 yield f"compare.variants.{name}: '{override}': compare.random_seeds gives it to all"
-    yield from _prediction_problems(compare, [*recipe.domain_names, "mean", LEAST_LOAD])
+    tasks = [f"{TASK}{task.name}" for task in recipe.evaluate.tasks]
+    yield from _prediction_problems(compare, [*recipe.domain_names, "mean", LEAST_LOAD, *tasks])
 
 
 def _prediction_problems(compare: Compare, values: list[str]) -> Iterator[str]:

@@ -127,6 +127,11 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> None:
     for stage in (recipe.stages.seed, *recipe.stages.experts.values()):
         if stage.pretrained_checkpoint:
             stage.pretrained_checkpoint = str(folder / Path(stage.pretrained_checkpoint).expanduser())
+    for task in recipe.evaluate.tasks:
+        if task.path:
+            task.path = str(folder / Path(task.path).expanduser())
+        if task.fewshot_path:
+            task.fewshot_path = str(folder / Path(task.fewshot_path).expanduser())
     if recipe.mix.grow_from:
         recipe.mix.grow_from = str(folder / Path(recipe.mix.grow_from).expanduser())
     if recipe.tokenizer.tokenizer_model:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from btx_megatron.comparison.pictures import draw_all
 from btx_megatron.estimate_flops import flops_text
 from btx_megatron.evaluation.page import machine_text, markdown_table, versions_text
 from btx_megatron.recipe_compare import LEAST_LOAD
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 REPORT = "report"
 
@@ -76,6 +80,10 @@ def page_blocks(results: dict[str, Any], pictures: dict[str, str]) -> Iterator[B
     if any(row["variant"] is None for row in results["rows"].values()):
         yield Text("Other models that these runs measured:")
         yield losses_table(results, own=False)
+    if any(row["tasks"] for row in results["rows"].values()):
+        yield Heading("Tasks")
+        yield Text("By the lm-evaluation-harness; higher is better. Ensembles are not asked.")
+        yield tasks_table(results)
     for title, file in pictures.items():
         yield Picture(title, file)
     if results["differences"]:
@@ -125,6 +133,42 @@ def losses_table(results: dict[str, Any], own: bool) -> Table:
         lines.append([f"`{name}`", *cells, *load, f"{row['tokens']:,}", flops_text(row["flops"]), parameters])
     load_head = ["least load"] if own else []
     return Table(["model", *columns, *load_head, "tokens", "FLOPs", "active parameters"], lines)
+
+
+def tasks_table(results: dict[str, Any]) -> Table:
+    """Every model that was asked."""
+    rows = {name: row["tasks"] for name, row in results["rows"].items() if row["tasks"]}
+    tasks = list(next(iter(rows.values())))
+    best = {task: max(row[task]["mean"] for row in rows.values()) for task in tasks}
+    lines = []
+    for name, row in rows.items():
+        cells = [(_with_deviation(row[task]), row[task]["mean"] == best[task]) for task in tasks]
+        lines.append([f"`{name}`", *(f"**{text}**" if is_best else text for text, is_best in cells)])
+    return Table(["model", *tasks], lines)
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """The variants' losses and budgets, and how the predictions fell, in a terminal."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(_for_terminal(losses_table(results, own=True)))
+    if results["predictions"]:
+        console.print(_for_terminal(predictions_table(results)))
+
+
+def _for_terminal(table: Table) -> RichTable:
+    from rich.table import Table as RichTable
+
+    shown = RichTable()
+    for number, title in enumerate(table.head):
+        shown.add_column(title, justify="left" if number < table.texts else "right")
+    for line in table.lines:
+        shown.add_row(*(_BOLD.sub(r"[bold green]\1[/]", cell.replace("`", "")) for cell in line))
+    return shown
+
+
+_BOLD = re.compile(r"\*\*(.+?)\*\*")
 
 
 def differences_table(results: dict[str, Any]) -> Table:

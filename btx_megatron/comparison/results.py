@@ -17,7 +17,7 @@ from btx_megatron.evaluation.report import MEAN
 from btx_megatron.evaluation.rows import EVALUATION_FILE, MOE_ROWS, ensemble_rows
 from btx_megatron.methods import main_stage
 from btx_megatron.recipe import Recipe
-from btx_megatron.recipe_compare import LEAST_LOAD, Prediction
+from btx_megatron.recipe_compare import LEAST_LOAD, TASK, Prediction
 
 COMPARISON_FILE = "compare.json"
 
@@ -33,11 +33,20 @@ def check_predictions(predictions: list[Prediction], variants: list[Variant]) ->
                 raise UserError(f"{key}.rows: no row '{name}'; rows: {', '.join(rows)}")
             if prediction.measure == LEAST_LOAD and not _has_load(rows[name]):
                 raise UserError(f"{key}.measure {LEAST_LOAD}: '{name}' has no router that is measured")
+            if prediction.measure.startswith(TASK) and _is_ensemble(rows[name], variants):
+                raise UserError(
+                    f"{key}.measure {prediction.measure}: '{name}' is an ensemble, which is not asked"
+                )
 
 
 def _has_load(row: Row) -> bool:
     """Routes are counted of the variants' own mixtures."""
     return row.name == row.variant and row.row in MOE_ROWS
+
+
+def _is_ensemble(row: Row, variants: list[Variant]) -> bool:
+    (variant,) = (variant for variant in variants if variant.name == row.variant)
+    return row.row in ensemble_rows(variant.recipe)
 
 
 def of_first_seed(variants: list[Variant]) -> list[Variant]:
@@ -148,6 +157,10 @@ def _row(row: Row, runs: list[_Run]) -> dict[str, Any]:
         "variant": row.variant if own else None,
         "held_out_loss": {column: _told(values) for column, values in columns.items()},
         LEAST_LOAD: _told(known) if known else None,
+        "tasks": {
+            task: _told([run.summary["tasks"][row.row][task] for run in runs])
+            for task in first.summary.get("tasks", {}).get(row.row, {})
+        },
         "tokens": first.summary["tokens"][row.row],
         "flops": first.summary["flops"][row.row],
         "active_parameters": None if ensemble else counts["moe_active" if row.row in MOE_ROWS else "dense"],
@@ -195,7 +208,13 @@ def _judged(prediction: Prediction, rows: dict[str, Any]) -> dict[str, Any]:
 
 
 def _values(row: dict[str, Any], prediction: Prediction) -> list[float]:
-    told = row[LEAST_LOAD] if prediction.measure == LEAST_LOAD else row["held_out_loss"][prediction.measure]
+    measure = prediction.measure
+    if measure == LEAST_LOAD:
+        told = row[LEAST_LOAD]
+    elif measure.startswith(TASK):
+        told = row["tasks"][measure.removeprefix(TASK)]
+    else:
+        told = row["held_out_loss"][measure]
     values: list[float] = told["values"]
     return values
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from btx_megatron.comparison.variants import Variant
 from btx_megatron.evaluation.rows import (
@@ -59,22 +60,26 @@ def rows_of_comparison(variants: list[Variant]) -> list[Row]:
     return [*own, *others]
 
 
-def measured_before(variant: Variant, others: Iterable[Variant]) -> dict[str, dict[str, float]]:
-    """Row -> domain -> held-out loss, of the rows whose model a finished run of another variant measured.
+def measured_before(variant: Variant, others: Iterable[Variant]) -> dict[str, Any]:
+    """Row -> what was measured, of the rows whose model a finished run of another variant measured alike.
 
     Ensembles and the variant's own row are measured in any case: of these the evaluation tells more.
     """
     own = main_row(variant.recipe)
     wanted = {_identity(variant, row): row for row in rows_of(variant.recipe) if row != own}
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, Any] = {}
     for other in others:
-        if wanted and other.run.manifest("evaluate"):
+        alike = other.recipe.evaluate == variant.recipe.evaluate
+        if wanted and alike and other.run.manifest("evaluate"):
             told = (other.run.published("evaluate") / EVALUATION_FILE).read_text(encoding="utf-8")
-            losses = json.loads(told)["held_out_loss"]
+            evaluation = json.loads(told)
             for row in rows_of(other.recipe):
                 known = wanted.pop(_identity(other, row), None)
                 if known:
-                    found[known] = losses[row]
+                    found[known] = {
+                        "held_out_loss": evaluation["held_out_loss"][row],
+                        "tasks": evaluation.get("tasks", {}).get(row),
+                    }
     return found
 
 

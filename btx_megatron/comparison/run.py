@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from btx_megatron.comparison.results import check_predictions, write_results
+from btx_megatron.comparison.page import print_results
+from btx_megatron.comparison.results import COMPARISON_FILE, check_predictions, write_results
 from btx_megatron.comparison.rows import measured_before
 from btx_megatron.comparison.sharing import link_finished
 from btx_megatron.comparison.variants import Variant, expand, variants_on_disk
@@ -42,6 +44,8 @@ def run_comparison(path: Path, overrides: list[str], machine: Machine | None = N
             write_results(recipe, _complete(variants), results)
     if failed:
         raise StageFailed("\n".join(failed))
+    print_results(json.loads((results / COMPARISON_FILE).read_text(encoding="utf-8")))
+    print(f"comparison: {results / 'report.md'}")
     return results
 
 

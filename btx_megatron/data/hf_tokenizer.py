@@ -54,9 +54,12 @@ class HuggingFaceTokenizer:
         # one by one: the package's batches take threads, and here a process has one core
         return [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text, special tokens spelled out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text, special tokens spelled out or left out: those of the file, and those that are named."""
+        if skip_special_tokens:
+            named = {self._numbers.get(name) for name in self._names.values()}
+            ids = [token for token in ids if token not in named]
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     @property
     def vocab_size(self) -> int:
@@ -82,6 +85,14 @@ class HuggingFaceTokenizer:
     def bos(self) -> int:
         """Begin of sequence; no document has it; -1 if there is none."""
         return self._numbers.get(self._names.get("bos_token", ""), -1)
+
+    @property
+    def prefix(self) -> list[int]:
+        """What the file itself puts before a text, as a bos token; documents here never have it."""
+        whole, plain = (
+            self._tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False)
+        )
+        return whole[: len(whole) - len(plain)] if plain and whole[-len(plain) :] == plain else []
 
     @property
     def pad(self) -> int:

@@ -63,9 +63,13 @@ class Tokenizer:
             return self._encode_plain(texts)
         return [self._encode_around_space_signs(text) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text. For a tokenizer trained here ``decode(encode([text])[0]) == text``."""
-        return self._pieces.decode(list(ids))
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text; bos and eos are no part of it, and unknown ones are not with ``skip_special_tokens``.
+
+        For a tokenizer trained here ``decode(encode([text])[0]) == text``.
+        """
+        unknown = self._pieces.unk_id() if skip_special_tokens else None
+        return self._pieces.decode([token for token in ids if token != unknown])
 
     @property
     def vocab_size(self) -> int:
@@ -86,6 +90,11 @@ class Tokenizer:
     def bos(self) -> int:
         """Begin of sentence; no document has it."""
         return self._pieces.bos_id()
+
+    @property
+    def prefix(self) -> list[int]:
+        """What the file itself puts before a text: nothing."""
+        return []
 
     @property
     def pad(self) -> int:

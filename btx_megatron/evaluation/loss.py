@@ -66,11 +66,13 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
     progress = Progress(job.work_folder) if torch.distributed.get_rank() == 0 else None
     models: dict[int | None, Model] = {}
     losses: dict[str, dict[str, float]] = {}
+    tasks: dict[str, Any] = {}
     routing: dict[str, Any] = {}
     ensembles = _ensembles(job, stage, windows)
     for done, (row, made_by) in enumerate(rows.items()):
         if row in job.measured and not (ensembles and ensembles.hears(row)):
-            losses[row] = job.measured[row]
+            losses[row] = job.measured[row]["held_out_loss"]
+            tasks[row] = job.measured[row]["tasks"]
             continue
         if progress:
             progress.update("evaluating", done, len(rows), row)
@@ -88,6 +90,11 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
             allowed = allowed_experts(recipe, name, made_by, opted_out(row)) if experts else None
             losses[row][name] = held_out_loss(model, windows[name], stage, recipe.model.seq_length, allowed)
             loads.append(take_load(model, recipe.model.num_layers))
+        if recipe.evaluate.tasks:
+            allowed = (
+                allowed_experts(recipe, recipe.domain_names[0], made_by, opted_out(row)) if experts else None
+            )
+            tasks[row] = _tasks(job, stage, model, allowed)
         if row == main_row(recipe) and experts:
             routing = _routing(job, stage, model, windows, torch.stack(loads))
     if ensembles:
@@ -95,9 +102,29 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
     return {
         "held_out_loss": losses,
         "held_out_tokens": {name: int(sum(w[2].sum() for w in windows[name])) for name in windows},
+        "tasks": tasks if recipe.evaluate.tasks else {},
         "routing": routing or None,
         "clusters": _clusters(job) if recipe.cluster_names else None,
     }
+
+
+def _tasks(job: Job, stage: Stage, model: Model, allowed: list[bool] | None) -> dict[str, Any] | None:
+    """Task -> what the harness says of the model's answers, on rank 0. A collective."""
+    from btx_megatron.data.prepare import tokenizer_path
+    from btx_megatron.data.tokenizer import open_tokenizer
+    from btx_megatron.evaluation.scoring import Score, Scorer, asked_by_rank_0
+
+    recipe, tokenizer = job.recipe, open_tokenizer(tokenizer_path(job.data_folder))
+
+    def ask(score: Score) -> dict[str, Any]:
+        from btx_megatron.evaluation.harness import ScoredModel, task_scores
+
+        asked = ScoredModel(score, tokenizer, recipe.model.seq_length)
+        return task_scores(asked, recipe.evaluate.tasks, recipe.evaluate.execute_code)
+
+    scorer = Scorer(model, stage, tokenizer.vocab_size, allowed)
+    scores: dict[str, Any] | None = asked_by_rank_0(scorer, ask)
+    return scores
 
 
 def _clusters(job: Job) -> dict[str, Any]:

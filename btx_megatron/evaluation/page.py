@@ -48,6 +48,7 @@ def render_page(
         verdict(summary, main_row(recipe)),
         *filter(None, [retention_text(summary["held_out_loss"], main_row(recipe))]),
         "![Training and held-out loss](losses.png)",
+        *tasks_section(evaluation["tasks"]),
         *clusters_section(recipe, evaluation.get("clusters")),
         *routing_section(evaluation["routing"]),
         "## What was run",
@@ -56,7 +57,8 @@ def render_page(
         "Experts may train side by side, so the run can take less than the sum of its stages.",
         environment_text(manifests["evaluate"]),
         "## Not measured",
-        "Other random seeds, downstream tasks, and anything about larger models. The times are wall times of "
+        f"Other random seeds{'' if evaluation['tasks'] else ', downstream tasks'}, and anything about larger "
+        "models. The times are wall times of "
         "one run on a machine that may have had other work to do.",
         "## To reproduce",
         "The resolved recipe is `recipe.yaml` in the run folder, and `recipe` in each stage's "
@@ -76,6 +78,30 @@ def loss_table(summary: dict[str, Any]) -> str:
         cells = [f"**{v:.3f}**" if v == best[column] else f"{v:.3f}" for column, v in values.items()]
         lines.append([f"`{row}`", *cells, f"{summary['tokens'][row]:,}", flops_text(summary["flops"][row])])
     return markdown_table(["model", *columns, "training tokens", "training FLOPs"], lines)
+
+
+def tasks_section(tasks: dict[str, Any]) -> list[str]:
+    """The harness's number of each task and row, with its standard error over documents."""
+    if not tasks:
+        return []
+    first = next(iter(tasks.values()))
+    lines = [[f"`{row}`", *(_task_cell(told) for told in its.values())] for row, its in tasks.items()]
+    named = ", ".join(
+        f"`{name}`: {told['metric'].partition(',')[0]}, {told['documents']} documents, "
+        f"{told['num_fewshot']} examples shown"
+        for name, told in first.items()
+    )
+    return [
+        "## Tasks",
+        f"By the lm-evaluation-harness, higher is better, +- the standard error over documents. {named}.",
+        markdown_table(["model", *first], lines),
+    ]
+
+
+def _task_cell(told: dict[str, Any]) -> str:
+    metric, _, filtered = told["metric"].partition(",")
+    error = told["all"].get(f"{metric}_stderr,{filtered}")
+    return f"{told['value']:.3f}" if error is None else f"{told['value']:.3f} +- {error:.3f}"
 
 
 def verdict(summary: dict[str, Any], main: str = "btx") -> str:

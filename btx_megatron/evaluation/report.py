@@ -59,6 +59,7 @@ def read_evaluation(recipe: Recipe, run_folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not there; run `btx run` or `btx evaluate` first") from None
     except ValueError:
         raise UserError(f"{path}: broken; delete {path.parent} and run `btx evaluate` again") from None
+    evaluation.setdefault("tasks", {})  # of version 0.1 before there were tasks
     for row in all_rows(recipe):
         if list(evaluation["held_out_loss"].get(row, {})) != recipe.domain_names:
             raise UserError(f"{path}: no losses of '{row}' on every domain; run `btx evaluate` again")
@@ -96,6 +97,10 @@ def summarize(recipe: Recipe, evaluation: dict[str, Any], manifests: dict[str, M
         "held_out_loss": {row: _with_mean(evaluation["held_out_loss"][row]) for row in all_rows(recipe)},
         "tokens": {row: sum(_tokens(row, recipe, manifests).values()) for row in all_rows(recipe)},
         "flops": {row: _flops(row, recipe, manifests) for row in all_rows(recipe)},
+        "tasks": {
+            row: {task: told["value"] for task, told in its.items()}
+            for row, its in evaluation["tasks"].items()
+        },
         "stage_seconds": {stage: manifest.duration_seconds for stage, manifest in manifests.items()},
         "parameters": asdict(recipe_parameter_counts(recipe)),
     }

@@ -36,17 +36,21 @@ def token_losses(model: Model, windows: Windows, stage: Stage, sequence: int) ->
     batches, count = micro_batches_of(model, windows, stage)
     with evaluating(model):
         run_micro_batches(model, batches, count, stage, sequence, forward_only=True, step=step)
-    return _gathered(kept, len(windows), sequence)
+    return gathered(kept, len(windows))
 
 
-def _gathered(kept: list[tuple[Tensor, Tensor]], windows: int, sequence: int) -> np.ndarray:
-    """What the last pipeline stages have, put in the windows' order; their TP ranks hold the same."""
+def gathered(kept: list[tuple[Tensor, Tensor]], windows: int) -> np.ndarray:
+    """[W, ...] fp32: what the last pipeline stages have, in the windows' order; their TP ranks hold the same.
+
+    ``kept``: of each micro-batch the windows' numbers [B] and their values [B, ...]. A collective.
+    """
     everybodys: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everybodys, kept)
-    losses = np.full((windows, sequence), np.nan, dtype=np.float32)
-    for samples, losses_BS in (part for its in everybodys for part in its):
-        for number, row in zip(samples.tolist(), losses_BS.numpy(), strict=True):
+    parts = [part for its in everybodys for part in its]
+    values_W = np.full((windows, *parts[0][1].shape[1:]), np.nan, dtype=np.float32)
+    for numbers, values_B in parts:
+        for number, values in zip(numbers.tolist(), values_B.numpy(), strict=True):
             if number < windows:  # the others fill up the last micro-batches
-                losses[number] = row
-    assert not np.isnan(losses).all(axis=1).any(), "a window was not evaluated"
-    return losses
+                values_W[number] = values
+    assert not np.isnan(values_W.reshape(windows, -1)).all(axis=1).any(), "a window was not evaluated"
+    return values_W

@@ -32,11 +32,11 @@ _SECONDS_BETWEEN_POLLS = 0.1
 
 
 def run_pipeline(
-    recipe: Recipe, machine: Machine | None = None, measured: dict[str, dict[str, float]] | None = None
+    recipe: Recipe, machine: Machine | None = None, measured: dict[str, Any] | None = None
 ) -> None:
     """Run all stages that are not finished, in the recipe's run folder, on this (or the given) machine.
 
-    ``measured``: row -> domain -> held-out loss, which the evaluation takes as it is.
+    ``measured``: row -> what the evaluation takes as it is (``Job.measured``).
     Raises UserError, StageFailed (after everything that could go on has), or Stopped.
     """
     _run(recipe, {"report", "export"}, machine or this_machine(recipe.launch.device), measured=measured)
@@ -63,7 +63,7 @@ def _run(
     machine: Machine,
     alone: bool = False,
     again: bool = False,
-    measured: dict[str, dict[str, float]] | None = None,
+    measured: dict[str, Any] | None = None,
 ) -> None:
     with Supervisor() as supervisor:  # it hears signals from here on
         run = RunFolder(recipe.run_folder)
@@ -111,7 +111,7 @@ class _LocalRun:
         machine: Machine,
         supervisor: Supervisor,
         display: Display,
-        measured: dict[str, dict[str, float]],
+        measured: dict[str, Any],
     ) -> None:
         self.recipe, self.run, self.machine = recipe, run, machine
         self.supervisor, self.display, self.measured = supervisor, display, measured

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from btx_megatron.data.loader import check_installed as check_loader
 from btx_megatron.errors import UserError
+from btx_megatron.evaluation.tasks import check_task
 from btx_megatron.pipeline import PipelineStage
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_gpu_checks import needs_transformer_engine
@@ -74,6 +75,9 @@ class Machine:
                         f"stage {stage.name} needs the package {package}, which is not installed here; "
                         "install the extra 'train': pip install 'btx-megatron[train]'"
                     )
+            if stage.task == "evaluate":
+                for task in recipe.evaluate.tasks:
+                    check_task(task, recipe.evaluate.execute_code)
         trained = [stage for stage in stages if stage.task == "train"]
         if trained:
             check_loader(recipe.data.loader)

@@ -174,7 +174,13 @@ def run_micro_batches(
 
 def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
     """Megatron's forward step: per-token losses [B, S], and how to sum them."""
-    batch = next(batches)
+    batch = entered(next(batches))
+    output = model(batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"])
+    return output, partial(_sum_loss, batch["loss_mask"])
+
+
+def entered(batch: Batch) -> Batch:
+    """A micro-batch on this rank's device, this rank's part of it; routers are told what passes."""
     batch_context.step = int(batch["step"])
     batch_context.sample_index = batch["sample_index"]
     on_device = {key: value.to(device()) for key, value in batch.items() if key != "step"}
@@ -182,10 +188,7 @@ def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tens
     batch_context.loss_mask = on_device["loss_mask"]
     batch_context.positions = on_device["position_ids"][0]
     batch_context.allowed_experts = on_device.get("allowed_experts")
-    output = model(
-        on_device["tokens"], on_device["position_ids"], attention_mask=None, labels=on_device["labels"]
-    )
-    return output, partial(_sum_loss, on_device["loss_mask"])
+    return on_device
 
 
 _ALONG_THE_SEQUENCE = ("tokens", "labels", "loss_mask", "position_ids")

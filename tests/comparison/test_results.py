@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from recipes import write_recipe
 
-from btx_megatron.comparison.page import Heading, Picture, Table, Text, markdown, one_html
+from btx_megatron.comparison.page import Heading, Picture, Table, Text, markdown, one_html, print_results
 from btx_megatron.comparison.results import write_results
 from btx_megatron.comparison.variants import Variant, expand
 from btx_megatron.errors import UserError
@@ -34,6 +34,7 @@ PREDICTIONS = [
     {"claim": "three", "rows": ["btx", "dense"]},
     {"claim": "four", "rows": ["soft", "unbalanced"], "expect": "equal", "within": 0.05},
     {"claim": "five", "rows": ["unbalanced", "btx"], "measure": "least_load"},
+    {"claim": "six", "rows": ["btx", "dense"], "expect": "higher", "measure": "task:quiz"},
 ]
 
 
@@ -50,6 +51,7 @@ def write_run(variant: Variant) -> None:
         "held_out_loss": losses,
         "tokens": dict.fromkeys(rows, 1000),
         "flops": dict.fromkeys(rows, 1e9),
+        "tasks": {row: {"quiz": 1 - value / 10} for row, value in rows.items()},
         "stage_seconds": {str(main_stage(recipe)): 7.0},
     }
     records = [
@@ -78,12 +80,13 @@ def compared(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
         "soft": ["moe.moe_router_type=soft"],
         "dense": ["method=dense"],
     }
+    tasks = [f"evaluate.tasks=[{{name: quiz, format: nq, path: {tmp_path}/quiz.jsonl}}]"]
     path = write_recipe(tmp_path, variants=overrides, random_seeds=list(SEEDS), predictions=PREDICTIONS)
-    variants = expand(path, [])
+    variants = expand(path, tasks)
     for variant in variants:
         write_run(variant)
     out = tmp_path / "compare"
-    write_results(load_recipe(path), variants, out)
+    write_results(load_recipe(path, tasks), variants, out)
     return out, json.loads((out / "compare.json").read_text())
 
 
@@ -110,7 +113,7 @@ def test_numbers(compared: tuple[Path, dict[str, Any]]) -> None:
 def test_predictions_as_they_fell(compared: tuple[Path, dict[str, Any]]) -> None:
     _, results = compared
     verdicts = [told["verdict"] for told in results["predictions"]]
-    assert verdicts == ["seen", "not seen", "undecided", "seen", "seen"]
+    assert verdicts == ["seen", "not seen", "undecided", "seen", "seen", "undecided"]
 
 
 def test_pages_tell_the_numbers(compared: tuple[Path, dict[str, Any]]) -> None:
@@ -122,10 +125,23 @@ def test_pages_tell_the_numbers(compared: tuple[Path, dict[str, Any]]) -> None:
     )
     assert "| two | `btx` > `soft`, json | **not seen** |" in page
     assert "| four | `soft` = (within 0.05) `unbalanced`, mean | **seen** |" in page
+    assert "| `btx` | **0.790 +- 0.010** |" in page
+    assert "| six | `btx` > `dense`, task:quiz | **undecided** |" in page
     html = (out / "report.html").read_text()
     assert html.count("data:image/png;base64,") == page.count(".png)") == 4
     assert "<td><code>btx</code></td>" in html
     assert not re.search(r"\*\*|`", re.sub(r"base64,[^\"]*", "", html))
+
+
+def test_a_terminal_tells_them_too(
+    compared: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    print_results(compared[1])
+    told = capsys.readouterr().out
+    assert re.search(r"btx\W+1.600 \+- 0.100\W+2.600 \+- 0.100\W+2.100 \+- 0.100\W+0.90", told)
+    assert re.search(r"two\W+btx > soft, json\W+not seen", told)
+    assert not re.search(r"\*\*|`|\[bold", told)
 
 
 def test_one_random_seed_has_no_spread(tmp_path: Path) -> None:

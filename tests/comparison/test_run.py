@@ -26,6 +26,7 @@ VARIANTS = {
     "ties": ["mix.average=ties"],
     "dense": ["method=dense"],
 }
+QUIZ = [{"question": f"def f{n}", "choices": ["(self)", " import"], "answer": n % 2} for n in range(5)]
 PREDICTIONS = [
     {"claim": "training on helps", "rows": ["dense", "seed"]},
     {"claim": "the share of the least used", "rows": ["unbalanced", "btx"], "measure": "least_load"},
@@ -42,9 +43,12 @@ class GuardedMachine(Machine):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    path = write_recipe(
-        tmp_path_factory.mktemp("compare"), variants=VARIANTS, predictions=PREDICTIONS, random_seeds=[1, 2]
-    )
+    folder: Path = tmp_path_factory.mktemp("compare")
+    (folder / "quiz.jsonl").write_text("\n".join(map(json.dumps, QUIZ)))
+    path = write_recipe(folder, variants=VARIANTS, predictions=PREDICTIONS, random_seeds=[1, 2])
+    content = yaml.safe_load(path.read_text())
+    content["evaluate"] = {"tasks": [{"name": "quiz", "format": "multiple_choice", "path": "quiz.jsonl"}]}
+    path.write_text(yaml.safe_dump(content))
     here = this_machine("cpu")
     machine = GuardedMachine(**{field.name: getattr(here, field.name) for field in dataclasses.fields(here)})
     out = run_comparison(path, [], machine)
@@ -86,6 +90,7 @@ def test_what_is_told(compared: tuple[Path, dict[str, Any]]) -> None:
     assert results["predictions"][0]["verdict"] == "seen"
     assert all(0 <= load <= 1 for load in rows["btx"]["least_load"]["values"])
     assert rows["dense"]["least_load"] is None
+    assert all(0 <= row["tasks"]["quiz"]["mean"] <= 1 for row in rows.values())
     assert [len(of_seed) for of_seed in results["variants"]["btx"]["load_by_step"]] == [3, 3]
     out = path.parent / "runs" / "compare" / "tiny"
     page = (out / "report.md").read_text()
@@ -117,6 +122,7 @@ def test_what_was_measured_is_not_measured_again(compared: tuple[Path, dict[str,
     told = json.loads(text)
     for row in ("seed", "expert:json", "merged"):
         told["held_out_loss"][row]["mail"] = 99.0
+        told["tasks"][row]["quiz"]["value"] = 99.0
     first.write_text(json.dumps(told))
     for stage in ("evaluate", "report"):
         shutil.rmtree(runs / "unbalanced" / stage)
@@ -125,6 +131,8 @@ def test_what_was_measured_is_not_measured_again(compared: tuple[Path, dict[str,
     again = json.loads((runs / "unbalanced" / "evaluate" / "evaluation.json").read_text())
     losses = again["held_out_loss"]
     assert losses["seed"]["mail"] == losses["expert:json"]["mail"] == losses["merged"]["mail"] == 99.0
+    assert again["tasks"]["seed"]["quiz"]["value"] == 99.0
+    assert again["tasks"]["btx"]["quiz"]["documents"] == 5
     assert losses["expert:mail"] == told["held_out_loss"]["expert:mail"]
     assert losses["btx"]["mail"] == results["rows"]["unbalanced"]["held_out_loss"]["mail"]["values"][1]
     for stage in ("evaluate", "report"):

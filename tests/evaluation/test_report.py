@@ -105,8 +105,26 @@ def evaluation() -> dict[str, Any]:
     }
 
 
+def test_tasks_have_a_table(recipe: Recipe, run: Path, tmp_path: Path) -> None:
+    told = {
+        "metric": "acc,none",
+        "value": 0.25,
+        "documents": 12,
+        "num_fewshot": 3,
+        "all": {"acc,none": 0.25, "acc_stderr,none": 0.125},
+    }
+    content = evaluation() | {"tasks": {"seed": {"quiz": told}, "btx": {"quiz": told | {"value": 0.5}}}}
+    (run / "evaluate" / "evaluation.json").write_text(json.dumps(content))
+    summary = write_report(recipe, run, tmp_path / "report")
+    assert summary["tasks"] == {"seed": {"quiz": 0.25}, "btx": {"quiz": 0.5}}
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "| `btx` | 0.500 +- 0.125 |" in page
+    assert "`quiz`: acc, 12 documents, 3 examples shown" in page
+    assert "Other random seeds, and anything about larger models" in page
+
+
 def test_summary_equals_arithmetic(summary: dict[str, Any]) -> None:
-    assert list(summary) == ["held_out_loss", "tokens", "flops", "stage_seconds", "parameters"]
+    assert list(summary) == ["held_out_loss", "tokens", "flops", "tasks", "stage_seconds", "parameters"]
     assert list(summary["held_out_loss"]) == list(LOSSES)
     assert list(summary["held_out_loss"]["btx"]) == [*DOMAINS, "mean"]
     assert summary["held_out_loss"]["expert:math"] == pytest.approx(

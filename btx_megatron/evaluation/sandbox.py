@@ -1,0 +1,52 @@
+"""Programs that a model wrote, run to see whether they pass their tests: HumanEval, MBPP.
+
+Each runs in a process of its own, in an empty folder, without this process's environment, and under limits:
+CPU and wall time, memory, size of files, number of open files and processes; without network where the kernel
+lets a user make a namespace. That keeps mistakes from doing harm, and is no prison: programs of a model that
+is not trusted belong in a container, with the whole evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SECONDS = 10.0
+_RUNNER = Path(__file__).with_name("sandboxed_program.py")
+_LIMITS = {
+    "AS": 2 << 30,  # bytes of address space
+    "FSIZE": 1 << 20,  # bytes of a file
+    "NOFILE": 64,
+    "NPROC": 64,
+    "CORE": 0,
+}
+
+
+def passes(program: str, seconds: float = SECONDS) -> bool:
+    """Whether a program runs to its end, within ``seconds`` of wall time and of CPU time."""
+    secret = secrets.token_hex(16)
+    limits = json.dumps(_LIMITS | {"CPU": max(1, round(seconds)), "secret": secret})
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-I", str(_RUNNER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={"PATH": os.defpath, "HOME": folder, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        told = b""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            told, _ = process.communicate(f"{limits}\n{program}".encode(errors="replace"), timeout=seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
+        process.communicate()
+    return told == secret.encode()
