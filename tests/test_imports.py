@@ -42,7 +42,15 @@ FLOORS = [
     {"estimate", "expert_masks"},
     {"methods"},
     {"recipe"},
-    {"recipe_compare", "recipe_data", "recipe_layout", "recipe_mix", "recipe_slurm", "recipe_training"},
+    {
+        "recipe_compare",
+        "recipe_data",
+        "recipe_layout",
+        "recipe_mix",
+        "recipe_slurm",
+        "recipe_tasks",
+        "recipe_training",
+    },
     {"durable"},
     {"errors", "columns", "recipe_numbers", "times", "tokenizer_json", "traffic"},
 ]
