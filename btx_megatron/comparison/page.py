@@ -112,8 +112,13 @@ def _what_was_run(results: dict[str, Any]) -> str:
     )
     return (
         f"{count} variants{matched}, random seeds {', '.join(map(str, seeds))}; within each all start from "
-        f"one seed model, and share what they have in common. Measured {results['created'][:10]} (UTC)."
+        f"one seed model, and share what they have in common. Measured {_days(results)} (UTC)."
     )
+
+
+def _days(results: dict[str, Any]) -> str:
+    days = sorted({told["created"][:10] for told in results["made_with"]})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
 def losses_table(results: dict[str, Any], own: bool) -> Table:
@@ -207,9 +212,15 @@ def variants_table(results: dict[str, Any]) -> Table:
 
 
 def _made_with(results: dict[str, Any]) -> str:
-    made_with = versions_text(results["versions"], results["code_commit"])
+    made_with: dict[str, list[int]] = {}
+    for seed, told in zip(results["random_seeds"], results["made_with"], strict=True):
+        made_with.setdefault(versions_text(told["versions"], told["code_commit"]), []).append(seed)
+    texts = [
+        text if len(made_with) == 1 else f"Random seeds {', '.join(map(str, seeds))}: {text}"
+        for text, seeds in made_with.items()
+    ]
     return (
-        f"{made_with} Written on {machine_text()}. Each run's folder has its resolved recipe; times "
+        f"{' '.join(texts)} Written on {machine_text()}. Each run's folder has its resolved recipe; times "
         "are wall times of a machine that may have had other work to do."
     )
 

@@ -1,7 +1,12 @@
-"""Every number of a comparison, from what its runs left on disk: compare.json, and the pages made of it."""
+"""Every number of a comparison, from what its runs left on disk: a file of each random seed, and what all of
+them say, compare.json and the pages made of it.
+
+A random seed's file is enough to tell of it: its runs may lie on another machine, or be gone.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +23,8 @@ from btx_megatron.evaluation.rows import EVALUATION_FILE, MOE_ROWS, ensemble_row
 from btx_megatron.methods import main_stage
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_compare import LEAST_LOAD, TASK, Prediction
+from btx_megatron.recipe_file import recipe_to_dict
+from btx_megatron.run_folder import result_keys
 
 COMPARISON_FILE = "compare.json"
 
@@ -54,42 +61,79 @@ def of_first_seed(variants: list[Variant]) -> list[Variant]:
     return [variant for variant in variants if variant.random_seed == variants[0].random_seed]
 
 
-def write_results(recipe: Recipe, runs: list[Variant], out: Path) -> dict[str, Any]:
+def write_results(recipe: Recipe, of_seeds: list[dict[str, Any]], out: Path) -> dict[str, Any]:
     """Write compare.json, the pictures, report.md and report.html; returns what compare.json holds.
 
-    ``runs``: finished ones, all variants of each random seed.
+    ``of_seeds``: what ``gather`` tells of each random seed.
     """
     from btx_megatron.comparison.page import write_pages
 
-    results = gather(recipe, runs)
+    results = join(recipe, of_seeds)
     out.mkdir(parents=True, exist_ok=True)
     write_durably(out / COMPARISON_FILE, json.dumps(results, indent=1) + "\n")
     write_pages(results, out)
     return results
 
 
-def gather(recipe: Recipe, runs: list[Variant]) -> dict[str, Any]:
-    """Every number, as plain values. Lists over random seeds are in the order of ``random_seeds``."""
-    seeds = list(dict.fromkeys(run.random_seed for run in runs))
-    variants = of_first_seed(runs)
-    measured = {(run.name, run.random_seed): _Run(run) for run in runs}
-    rows = {
-        row.name: _row(row, [measured[row.variant, seed] for seed in seeds])
-        for row in rows_of_comparison(variants)
+def keep(of_seed: dict[str, Any], out: Path) -> None:
+    """Write what ``gather`` tells of a random seed into the folder of the results."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_durably(_seed_file(out, of_seed["random_seed"]), json.dumps(of_seed) + "\n")
+
+
+def kept(variants: list[Variant], out: Path) -> dict[str, Any] | None:
+    """What was kept of a random seed; None where nothing was, or of other recipes."""
+    try:
+        told: dict[str, Any] = json.loads(
+            _seed_file(out, variants[0].random_seed).read_text(encoding="utf-8")
+        )
+        return told if told["recipes"] == _recipes(variants) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _seed_file(out: Path, random_seed: int) -> Path:
+    return out / f"seed-{random_seed}.json"
+
+
+def _recipes(variants: list[Variant]) -> dict[str, str]:
+    """Variant -> hash of all that its results depend on."""
+    return {variant.name: _hash(result_keys(recipe_to_dict(variant.recipe))) for variant in variants}
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def gather(variants: list[Variant]) -> dict[str, Any]:
+    """Every number of one random seed, as plain values. ``variants``: all of it, finished."""
+    runs = {variant.name: _Run(variant) for variant in variants}
+    return {
+        "random_seed": variants[0].random_seed,
+        "recipes": _recipes(variants),
+        "variants": {name: _variant(run) for name, run in runs.items()},
+        "rows": {row.name: _row(row, runs[row.variant]) for row in rows_of_comparison(variants)},
+        "made_with": runs[variants[0].name].made_with(),
     }
+
+
+def join(recipe: Recipe, of_seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """What compare.json holds. Lists over random seeds are in their order here."""
+    first = of_seeds[0]
+    rows = {name: _joined_row([told["rows"][name] for told in of_seeds]) for name in first["rows"]}
     return {
         "name": recipe.name,
-        "random_seeds": seeds,
+        "random_seeds": [told["random_seed"] for told in of_seeds],
         "match": recipe.compare.match,
         "domains": recipe.domain_names,
         "variants": {
-            variant.name: _variant(recipe, variant, [measured[variant.name, seed] for seed in seeds])
-            for variant in variants
+            name: {"overrides": overrides, **_joined_variant([told["variants"][name] for told in of_seeds])}
+            for name, overrides in recipe.compare.variants.items()
         },
         "rows": rows,
-        "differences": _differences(rows, variants[0].name),
+        "differences": _differences(rows, next(iter(recipe.compare.variants))),
         "predictions": [_judged(prediction, rows) for prediction in recipe.compare.predictions],
-        **measured[variants[0].name, seeds[0]].made_with(),
+        "made_with": [told["made_with"] for told in of_seeds],
     }
 
 
@@ -135,7 +179,7 @@ class _Run:
         ]
 
     def made_with(self) -> dict[str, Any]:
-        """Versions, commit and day of the first run's evaluation."""
+        """Versions, commit and day of the run's evaluation."""
         manifest = self._folder.manifest("evaluate")
         assert manifest is not None
         return {
@@ -145,39 +189,53 @@ class _Run:
         }
 
 
-def _row(row: Row, runs: list[_Run]) -> dict[str, Any]:
-    own, first = row.name == row.variant, runs[0]
-    losses = [run.losses(row.row) for run in runs]
-    loads = [run.least_load() for run in runs] if own and row.row in MOE_ROWS else []
-    known = [load for load in loads if load is not None]
-    columns = {column: [loss[column] for loss in losses] for column in losses[0]}
-    ensemble = row.row in ensemble_rows(first.recipe)  # several models
-    counts = asdict(recipe_parameter_counts(first.recipe))
+def _row(row: Row, run: _Run) -> dict[str, Any]:
+    own = row.name == row.variant
+    ensemble = row.row in ensemble_rows(run.recipe)  # several models
+    counts = asdict(recipe_parameter_counts(run.recipe))
     return {
         "variant": row.variant if own else None,
-        "held_out_loss": {column: _told(values) for column, values in columns.items()},
-        LEAST_LOAD: _told(known) if known else None,
-        "tasks": {
-            task: _told([run.summary["tasks"][row.row][task] for run in runs])
-            for task in first.summary.get("tasks", {}).get(row.row, {})
-        },
-        "tokens": first.summary["tokens"][row.row],
-        "flops": first.summary["flops"][row.row],
+        "held_out_loss": run.losses(row.row),
+        LEAST_LOAD: run.least_load() if own and row.row in MOE_ROWS else None,
+        "tasks": run.summary.get("tasks", {}).get(row.row, {}),
+        "tokens": run.summary["tokens"][row.row],
+        "flops": run.summary["flops"][row.row],
         "active_parameters": None if ensemble else counts["moe_active" if row.row in MOE_ROWS else "dense"],
     }
 
 
-def _variant(recipe: Recipe, variant: Variant, runs: list[_Run]) -> dict[str, Any]:
-    last = main_stage(variant.recipe)
-    return {
-        "overrides": recipe.compare.variants[variant.name],
-        "method": variant.recipe.method,
-        "last_stage": last,
-        "train_iters": variant.recipe.stage(last).training.train_iters if last else None,
-        "stage_seconds": [run.summary["stage_seconds"] for run in runs],
-        "routing": [run.evaluation["routing"] for run in runs],
-        "load_by_step": [run.loads_by_step() for run in runs],
+def _joined_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one model under every random seed; what it takes is the same under all."""
+    loads = [row[LEAST_LOAD] for row in rows if row[LEAST_LOAD] is not None]
+    return rows[0] | {
+        "held_out_loss": _told_each([row["held_out_loss"] for row in rows]),
+        "tasks": _told_each([row["tasks"] for row in rows]),
+        LEAST_LOAD: _told(loads) if loads else None,
     }
+
+
+def _told_each(values: list[dict[str, float]]) -> dict[str, Any]:
+    return {key: _told([its[key] for its in values]) for key in values[0]}
+
+
+def _variant(run: _Run) -> dict[str, Any]:
+    last = main_stage(run.recipe)
+    return {
+        "method": run.recipe.method,
+        "last_stage": last,
+        "train_iters": run.recipe.stage(last).training.train_iters if last else None,
+        "stage_seconds": run.summary["stage_seconds"],
+        "routing": run.evaluation["routing"],
+        "load_by_step": run.loads_by_step(),
+    }
+
+
+_OF_A_SEED = ("stage_seconds", "routing", "load_by_step")
+"""Of a variant: a list over random seeds. The others are the same under all."""
+
+
+def _joined_variant(told: list[dict[str, Any]]) -> dict[str, Any]:
+    return told[0] | {key: [its[key] for its in told] for key in _OF_A_SEED}
 
 
 def _told(values: list[float]) -> dict[str, Any]:

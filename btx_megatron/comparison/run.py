@@ -6,7 +6,14 @@ import json
 from pathlib import Path
 
 from btx_megatron.comparison.page import print_results
-from btx_megatron.comparison.results import COMPARISON_FILE, check_predictions, write_results
+from btx_megatron.comparison.results import (
+    COMPARISON_FILE,
+    check_predictions,
+    gather,
+    keep,
+    kept,
+    write_results,
+)
 from btx_megatron.comparison.rows import measured_before
 from btx_megatron.comparison.sharing import link_finished
 from btx_megatron.comparison.variants import Variant, expand, variants_on_disk
@@ -22,37 +29,48 @@ RESULTS = "compare"
 def run_comparison(path: Path, overrides: list[str], machine: Machine | None = None) -> Path:
     """Train and measure all variants that are not finished; returns the folder of the results.
 
-    The results are written anew as each random seed ends. A variant that fails stops no other. Raises what
-    run_pipeline raises.
+    The results are written anew as each random seed ends, and kept. A random seed of which results are kept and
+    no run is here is not run again. A variant that fails stops no other. Raises what run_pipeline raises.
     """
     recipe = load_recipe(path, overrides)
     variants = expand(path, overrides)
     check_predictions(recipe.compare.predictions, variants)
     folder = Path(recipe.run_folder)
-    results, failed = folder / RESULTS / recipe.name, []
+    out, of_seeds, failed = folder / RESULTS / recipe.name, [], []
     planned = {variant.run.path for variant in variants}
     others = [variant for variant in variants_on_disk(folder) if variant.run.path not in planned]
     for seed in recipe.compare.random_seeds:
         of_seed = [variant for variant in variants if variant.random_seed == seed]
-        for number, variant in enumerate(of_seed, 1):
-            print(f"== random seed {seed}, {variant.name} ({number} of {len(of_seed)})", flush=True)
-            try:
-                _run(variant, [*variants, *others], machine)
-            except StageFailed as error:
-                failed.append(f"random seed {seed}, {variant.name}: {error}")
-        if not failed:
-            write_results(recipe, _complete(variants), results)
+        told = None if any(variant.run.path.exists() for variant in of_seed) else kept(of_seed, out)
+        if told:
+            print(f"== random seed {seed}: its results are here, its runs are not", flush=True)
+        else:
+            mistakes = _run_all(of_seed, [*variants, *others], machine)
+            failed += mistakes
+            if mistakes:
+                continue
+            told = gather(of_seed)
+            keep(told, out)
+        of_seeds.append(told)
+        write_results(recipe, of_seeds, out)
     if failed:
         raise StageFailed("\n".join(failed))
-    print_results(json.loads((results / COMPARISON_FILE).read_text(encoding="utf-8")))
-    print(f"comparison: {results / 'report.md'}")
-    return results
+    print_results(json.loads((out / COMPARISON_FILE).read_text(encoding="utf-8")))
+    print(f"comparison: {out / 'report.md'}")
+    return out
 
 
-def _complete(variants: list[Variant]) -> list[Variant]:
-    """Those of random seeds of which every variant is finished."""
-    unfinished = {variant.random_seed for variant in variants if not variant.run.manifest("report")}
-    return [variant for variant in variants if variant.random_seed not in unfinished]
+def _run_all(of_seed: list[Variant], known: list[Variant], machine: Machine | None) -> list[str]:
+    """Run the variants of one random seed; returns what failed."""
+    failed = []
+    for number, variant in enumerate(of_seed, 1):
+        named = f"random seed {variant.random_seed}, {variant.name}"
+        print(f"== {named} ({number} of {len(of_seed)})", flush=True)
+        try:
+            _run(variant, known, machine)
+        except StageFailed as error:
+            failed.append(f"{named}: {error}")
+    return failed
 
 
 def _run(variant: Variant, known: list[Variant], machine: Machine | None) -> None:

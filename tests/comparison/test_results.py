@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from recipes import write_recipe
 
-from btx_megatron.comparison.page import Heading, Picture, Table, Text, markdown, one_html, print_results
-from btx_megatron.comparison.results import write_results
+from btx_megatron.comparison.page import (
+    Heading,
+    Picture,
+    Table,
+    Text,
+    markdown,
+    one_html,
+    page_blocks,
+    print_results,
+)
+from btx_megatron.comparison.results import gather, keep, kept, write_results
 from btx_megatron.comparison.variants import Variant, expand
 from btx_megatron.errors import UserError
 from btx_megatron.evaluation.rows import MOE_ROWS, all_rows, main_row
@@ -72,6 +82,12 @@ def write_run(variant: Variant) -> None:
         run.publish(make_manifest(stage, {}, {}, {}, None, 7.0))
 
 
+def by_seed(variants: list[Variant]) -> list[dict[str, Any]]:
+    """What each random seed tells, from the disk."""
+    seeds = dict.fromkeys(variant.random_seed for variant in variants)
+    return [gather([variant for variant in variants if variant.random_seed == seed]) for seed in seeds]
+
+
 @pytest.fixture
 def compared(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     overrides = {
@@ -86,7 +102,7 @@ def compared(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     for variant in variants:
         write_run(variant)
     out = tmp_path / "compare"
-    write_results(load_recipe(path, tasks), variants, out)
+    write_results(load_recipe(path, tasks), by_seed(variants), out)
     return out, json.loads((out / "compare.json").read_text())
 
 
@@ -154,10 +170,40 @@ def test_one_random_seed_has_no_spread(tmp_path: Path) -> None:
     variants = expand(path, [])
     for variant in variants:
         write_run(variant)
-    results = write_results(load_recipe(path), variants, tmp_path / "compare")
+    results = write_results(load_recipe(path), by_seed(variants), tmp_path / "compare")
     assert results["predictions"][0]["verdict"] == "undecided"
     assert json.loads((tmp_path / "compare" / "compare.json").read_text()) == results  # no Infinity
     assert "(one random seed)" in (tmp_path / "compare" / "report.md").read_text()
+
+
+def test_what_is_kept_of_a_random_seed_is_enough(tmp_path: Path) -> None:
+    """Its runs are gone, as on another machine; under another recipe it tells nothing."""
+    path = write_recipe(tmp_path, variants={"btx": [], "dense": ["method=dense"]}, random_seeds=[1, 2])
+    variants = expand(path, [])
+    for variant in variants:
+        write_run(variant)
+    told, out = by_seed(variants), tmp_path / "compare"
+    expected = write_results(load_recipe(path), told, out)
+    for its in told:
+        keep(its, out)
+    shutil.rmtree(variants[0].run.path)
+    first = [variant for variant in variants if variant.random_seed == 1]
+    again = kept(first, out)
+    assert again is not None
+    assert write_results(load_recipe(path), [again, told[1]], out) == expected
+    assert kept([v for v in expand(path, ["training.lr=0.5"]) if v.random_seed == 1], out) is None
+    assert kept(expand(path, ["compare.random_seeds=[3]"]), out) is None
+    assert kept([v for v in expand(path, ["launch.threads_per_rank=3"]) if v.random_seed == 1], out)
+    (out / "seed-1.json").write_text("{")
+    assert kept(first, out) is None
+
+
+def test_seeds_of_several_days_and_commits_are_told(compared: tuple[Path, dict[str, Any]]) -> None:
+    results = json.loads(json.dumps(compared[1]))
+    results["made_with"][1] |= {"code_commit": "f" * 40, "created": "2031-01-02T03:04:05+00:00"}
+    page = markdown("x", list(page_blocks(results, {})))
+    assert " to 2031-01-02 (UTC)" in page
+    assert re.search(r"Random seeds 1, 3: .*Random seeds 2: .*`f{40}`", page)
 
 
 def test_a_router_is_needed_to_speak_of_its_load(tmp_path: Path) -> None:

@@ -160,6 +160,17 @@ def test_another_question_of_the_same_models(compared: tuple[Path, dict[str, Any
     assert first["rows"] == results["rows"]
 
 
+def test_a_random_seed_of_which_the_results_are_kept(compared: tuple[Path, dict[str, Any]]) -> None:
+    """Its runs are elsewhere; the others go on."""
+    path, results = compared
+    runs = path.parent / "runs"
+    (runs / "seed-1").rename(runs / "elsewhere")
+    out = run_comparison(path, [], this_machine("cpu"))
+    assert json.loads((out / "compare.json").read_text())["rows"] == results["rows"]
+    assert not (runs / "seed-1").exists()
+    (runs / "elsewhere").rename(runs / "seed-1")
+
+
 def test_it_goes_on_where_it_was(compared: tuple[Path, dict[str, Any]]) -> None:
     path, results = compared
     shutil.rmtree(path.parent / "runs" / "compare" / "tiny")
