@@ -29,8 +29,8 @@ RESULTS = "compare"
 def run_comparison(path: Path, overrides: list[str], machine: Machine | None = None) -> Path:
     """Train and measure all variants that are not finished; returns the folder of the results.
 
-    The results are written anew as each random seed ends, and kept. A random seed of which results are kept and
-    no run is here is not run again. A variant that fails stops no other. Raises what run_pipeline raises.
+    The results are written anew as each random seed ends, and kept: where they are and its runs are not,
+    nothing is run again. A variant that fails stops no other. Raises what run_pipeline raises.
     """
     recipe = load_recipe(path, overrides)
     variants = expand(path, overrides)
