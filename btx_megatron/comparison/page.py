@@ -157,7 +157,9 @@ def print_results(results: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console()
-    console.print(_for_terminal(losses_table(results, own=True)))
+    losses = losses_table(results, own=True)
+    shown = len(losses.head) - 1  # terminals are narrow, and active parameters are on the page
+    console.print(_for_terminal(Table(losses.head[:shown], [line[:shown] for line in losses.lines])))
     if results["predictions"]:
         console.print(_for_terminal(predictions_table(results)))
 
@@ -166,10 +168,13 @@ def _for_terminal(table: Table) -> RichTable:
     from rich.table import Table as RichTable
 
     shown = RichTable()
+    lines = [[cell.replace("`", "") for cell in line] for line in table.lines]
     for number, title in enumerate(table.head):
-        shown.add_column(title, justify="left" if number < table.texts else "right")
-    for line in table.lines:
-        shown.add_row(*(_BOLD.sub(r"[bold green]\1[/]", cell.replace("`", "")) for cell in line))
+        is_name = number == 0 and table.texts == 1
+        width = max(len(line[0]) for line in lines) if is_name else None
+        shown.add_column(title, justify="left" if number < table.texts else "right", min_width=width)
+    for line in lines:
+        shown.add_row(*(_BOLD.sub(r"[bold green]\1[/]", cell) for cell in line))
     return shown
 
 
