@@ -59,7 +59,6 @@ def _is_metric(key: str, value: Any) -> bool:
 class _Answer:
     """A text that grows."""
 
-    number: int
     prompt: list[int]
     most: int
     stops: list[str]
@@ -126,7 +125,7 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers, all side by side; a pass over all that are not finished for each token."""
-        answers = [self._begun(number, *request.args) for number, request in enumerate(requests)]
+        answers = [self._begun(*request.args) for request in requests]
         growing = list(answers)
         while growing:
             scores = self._score([[*answer.prompt, *answer.tokens] for answer in growing])
@@ -135,7 +134,7 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
             growing = [answer for answer in growing if not self._is_finished(answer)]
         return [self._text(answer) for answer in answers]
 
-    def _begun(self, number: int, context: str, generation: dict[str, Any]) -> _Answer:
+    def _begun(self, context: str, generation: dict[str, Any]) -> _Answer:
         wanted = normalize_gen_kwargs(generation, _MAX_NEW_TOKENS)
         if wanted["do_sample"]:
             raise UserError("a task asks for sampled answers; here they are greedy")
@@ -147,7 +146,7 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
             )
         stops = handle_stop_sequences(wanted["until"], eos=self._tokenizer.decode([self.eot_token_id]))
         prompt = self.tok_encode(context) or [self.prefix_token_id]
-        return _Answer(number, prompt[most - self._seq_length :], most, stops)
+        return _Answer(prompt[most - self._seq_length :], most, stops)
 
     def _is_finished(self, answer: _Answer) -> bool:
         if len(answer.tokens) == answer.most or answer.tokens[-1] == self.eot_token_id:
