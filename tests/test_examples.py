@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -73,22 +74,56 @@ def test_growing_goes_on_from_quickstart(tmp_path: Path) -> None:
     assert not Path(recipe.run_folder).is_absolute()
 
 
+PAPER_SMALL = {path.stem: path for path in (EXAMPLES / "paper_small").glob("*.yaml")}
+OTHER_SEED, ON_A_GPU = "longer_seed", "on_a_gpu"
+
+
+def said_in_all(name: str) -> dict[str, Any]:
+    content = yaml.safe_load(PAPER_SMALL[name].read_text())
+    return {key: value for key, value in content.items() if key not in ("name", "compare")}
+
+
 def test_the_papers_small_recipes_share_their_models() -> None:
     """All that is said outside ``compare`` is equal, and no two name a variant alike that is not."""
-    contents = [
-        yaml.safe_load(path.read_text()) for path in sorted((EXAMPLES / "paper_small").glob("*.yaml"))
-    ]
+    names = set(PAPER_SMALL) - {OTHER_SEED, ON_A_GPU}
+    assert len(names) == 3
     variants: dict[str, list[str]] = {}
-    for content in contents:
-        for name, overrides in content["compare"]["variants"].items():
-            assert variants.setdefault(name, overrides) == overrides
-    own = [{k: v for k, v in content.items() if k not in ("name", "compare")} for content in contents]
-    assert len(own) == 3
-    assert own[1:] == own[:-1]
-    for path in (EXAMPLES / "paper_small").glob("*.yaml"):
-        predictions = load_recipe(path).compare.predictions
-        assert predictions
-        check_predictions(predictions, expand(path, []))
+    for name in names:
+        assert said_in_all(name) == said_in_all("paper_small")
+        for variant, overrides in yaml.safe_load(PAPER_SMALL[name].read_text())["compare"][
+            "variants"
+        ].items():
+            assert variants.setdefault(variant, overrides) == overrides
+
+
+def test_another_seed_is_all_that_the_fourth_changes() -> None:
+    own, first = said_in_all(OTHER_SEED), said_in_all("paper_small")
+    assert _training_behind_the_seed(own) == pytest.approx(533 / 2000, abs=0.005)
+    assert own.pop("run_folder") != first.pop("run_folder")
+    assert (own["training"].pop("lr"), first["training"].pop("lr")) == (1e-3, 3e-3)
+    assert own["stages"].pop("seed")
+    assert first["stages"].pop("seed")
+    assert own == first
+
+
+def test_the_larger_one_has_the_papers_proportions() -> None:
+    own = said_in_all(ON_A_GPU)
+    assert _training_behind_the_seed(own) == pytest.approx(533 / 2000, abs=0.005)
+    assert own["stages"]["seed"]["training"]["lr"] / own["training"]["lr"] == pytest.approx(3)
+    assert recipe_parameter_counts(load_recipe(PAPER_SMALL[ON_A_GPU])).dense == pytest.approx(101e6, rel=0.01)
+
+
+def _training_behind_the_seed(content: dict[str, Any]) -> float:
+    """In the paper 533B tokens after Llama-2's 2T (section 4.1)."""
+    steps = {stage: told["training"]["train_iters"] for stage, told in content["stages"].items()}
+    return float((3 * content["training"]["train_iters"] + steps["finetune"]) / steps["seed"])
+
+
+@pytest.mark.parametrize("name", PAPER_SMALL)
+def test_what_the_papers_small_recipes_expect(name: str) -> None:
+    predictions = load_recipe(PAPER_SMALL[name]).compare.predictions
+    assert predictions
+    check_predictions(predictions, expand(PAPER_SMALL[name], []))
 
 
 def test_smollm2_is_described() -> None:

@@ -178,7 +178,7 @@ def _config(name: str) -> dict[str, Any]:
 def _documents(told: TaskFile, file: str) -> list[Document]:
     form, documents = FORMATS[told.format], []
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"task '{told.name}': {file} cannot be read ({error}); name a file of JSON lines"

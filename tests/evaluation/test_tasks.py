@@ -145,6 +145,15 @@ def test_choices(tmp_path: Path) -> None:
     assert [continuation for _, continuation in parrot.asked] == [" this", " that one", " a", " b"]
 
 
+def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
+    """U+2028 and U+0085 end lines of text in Python's eyes, and may stand in a JSON string as they are."""
+    task = written(tmp_path, "nq")
+    Path(task.path).write_bytes('{"question": "who\u2028wrote\u0085it", "answer": "Ada"}\r\n'.encode())
+    parrot = Parrot([" Ada"])
+    assert scores_of(parrot, task)["documents"] == 1
+    assert "who\u2028wrote\u0085it?" in parrot.asked[0][0]
+
+
 def test_examples_are_shown_before_the_question(tmp_path: Path) -> None:
     examples = tmp_path / "examples.jsonl"
     lines = [json.dumps({"question": f"{n} and 1?", "answer": f"#### {n + 1}"}) for n in range(6)]
