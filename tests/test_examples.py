@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from btx_megatron.comparison.results import check_predictions
+from btx_megatron.comparison.results import check_predictions, kept
 from btx_megatron.comparison.variants import expand
 from btx_megatron.estimate import (
     parameter_counts,
@@ -124,6 +124,17 @@ def test_what_the_papers_small_recipes_expect(name: str) -> None:
     predictions = load_recipe(PAPER_SMALL[name]).compare.predictions
     assert predictions
     check_predictions(predictions, expand(PAPER_SMALL[name], []))
+
+
+KEPT = sorted((EXAMPLES / "paper_small" / "results").glob("*/seed-*.json"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_results_that_are_kept_are_of_their_recipes(path: Path) -> None:
+    """Else `btx compare` would run them again, and a change of a recipe would leave them behind."""
+    recipe = PAPER_SMALL[path.parent.name]
+    random_seed = path.stem.removeprefix("seed-")
+    assert kept(expand(recipe, [f"compare.random_seeds=[{random_seed}]"]), path.parent)
 
 
 def test_smollm2_is_described() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from btx_megatron.comparison.pictures import draw_all
 from btx_megatron.estimate_flops import flops_text
-from btx_megatron.evaluation.page import machine_text, markdown_table, versions_text
+from btx_megatron.evaluation.page import markdown_table, versions_text
 from btx_megatron.recipe_compare import LEAST_LOAD
 
 if TYPE_CHECKING:
@@ -219,14 +219,15 @@ def variants_table(results: dict[str, Any]) -> Table:
 def _made_with(results: dict[str, Any]) -> str:
     made_with: dict[str, list[int]] = {}
     for seed, told in zip(results["random_seeds"], results["made_with"], strict=True):
-        made_with.setdefault(versions_text(told["versions"], told["code_commit"]), []).append(seed)
+        text = f"{versions_text(told['versions'], told['code_commit'])} On {told['machine']}."
+        made_with.setdefault(text, []).append(seed)
     texts = [
         text if len(made_with) == 1 else f"Random seeds {', '.join(map(str, seeds))}: {text}"
         for text, seeds in made_with.items()
     ]
     return (
-        f"{' '.join(texts)} Written on {machine_text()}. Each run's folder has its resolved recipe; times "
-        "are wall times of a machine that may have had other work to do."
+        f"{' '.join(texts)} Each run's folder has its resolved recipe; times are wall times of a machine "
+        "that may have had other work to do."
     )
 
 

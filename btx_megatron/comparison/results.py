@@ -18,6 +18,7 @@ from btx_megatron.comparison.variants import Variant
 from btx_megatron.durable import write_durably
 from btx_megatron.errors import UserError
 from btx_megatron.estimate import recipe_parameter_counts
+from btx_megatron.evaluation.page import machine_text
 from btx_megatron.evaluation.report import MEAN
 from btx_megatron.evaluation.rows import EVALUATION_FILE, MOE_ROWS, ensemble_rows
 from btx_megatron.methods import main_stage
@@ -179,13 +180,14 @@ class _Run:
         ]
 
     def made_with(self) -> dict[str, Any]:
-        """Versions, commit and day of the run's evaluation."""
+        """Versions, commit and day of the run's evaluation, and the machine that this is gathered on."""
         manifest = self._folder.manifest("evaluate")
         assert manifest is not None
         return {
             "versions": manifest.versions,
             "code_commit": manifest.code_commit,
             "created": manifest.created,
+            "machine": machine_text(),
         }
 
 

@@ -24,6 +24,7 @@ from btx_megatron.comparison.page import (
 from btx_megatron.comparison.results import gather, keep, kept, write_results
 from btx_megatron.comparison.variants import Variant, expand
 from btx_megatron.errors import UserError
+from btx_megatron.evaluation.page import machine_text
 from btx_megatron.evaluation.rows import MOE_ROWS, all_rows, main_row
 from btx_megatron.manifest import make_manifest
 from btx_megatron.methods import main_stage
@@ -198,12 +199,14 @@ def test_what_is_kept_of_a_random_seed_is_enough(tmp_path: Path) -> None:
     assert kept(first, out) is None
 
 
-def test_seeds_of_several_days_and_commits_are_told(compared: tuple[Path, dict[str, Any]]) -> None:
+def test_seeds_of_several_days_commits_and_machines_are_told(compared: tuple[Path, dict[str, Any]]) -> None:
     results = json.loads(json.dumps(compared[1]))
     results["made_with"][1] |= {"code_commit": "f" * 40, "created": "2031-01-02T03:04:05+00:00"}
+    results["made_with"][2]["machine"] = "a toaster"
     page = markdown("x", list(page_blocks(results, {})))
     assert " to 2031-01-02 (UTC)" in page
-    assert re.search(r"Random seeds 1, 3: .*Random seeds 2: .*`f{40}`", page)
+    assert re.search(r"Random seeds 1: .*Random seeds 2: .*`f{40}`.*Random seeds 3: .* On a toaster\.", page)
+    assert f"On {machine_text()}." in page
 
 
 def test_a_router_is_needed_to_speak_of_its_load(tmp_path: Path) -> None:
