@@ -328,7 +328,7 @@ def _schedule_problems(key: str, training: Training, iters: int | None) -> Itera
 
 def _evaluate_problems(recipe: Recipe) -> Iterator[str]:
     yield from at_least("evaluate", recipe.evaluate, 1, ("micro_batch_size",))
-    yield from task_problems(recipe.evaluate.tasks, recipe.moe.moe_router_time_mask)
+    yield from task_problems(recipe.evaluate.tasks, recipe.model.seq_length, recipe.moe.moe_router_time_mask)
     yield from layout_problems("evaluate.layout", recipe.evaluate.layout, recipe, has_moe(recipe))
     cp = recipe.evaluate.layout.context_parallel_size
     if cp > 1:

@@ -29,8 +29,11 @@ class TaskFile:
     """Of an answer that is generated."""
 
 
-def task_problems(tasks: list[TaskFile], time_mask: bool) -> Iterator[str]:
-    """What cannot hold; that the files can be read is seen before a run begins."""
+def task_problems(tasks: list[TaskFile], seq_length: int, time_mask: bool) -> Iterator[str]:
+    """What cannot hold; that the files can be read is seen before a run begins.
+
+    ``seq_length``: tokens that the models read at once.
+    """
     names = [task.name for task in tasks]
     for number, task in enumerate(tasks):
         key = f"evaluate.tasks[{number}]"
@@ -40,5 +43,10 @@ def task_problems(tasks: list[TaskFile], time_mask: bool) -> Iterator[str]:
             yield f"{key}.path: name a file of JSON lines"
         yield from at_least(key, task, 0, ("num_fewshot",))
         yield from at_least(key, task, 1, ("limit", "max_new_tokens"))
+        if task.format != "multiple_choice" and task.max_new_tokens >= seq_length:
+            yield (
+                f"{key}.max_new_tokens {task.max_new_tokens} leaves no room for a question in the "
+                f"{seq_length} tokens that the model reads at once (model.seq_length); lower it"
+            )
     if tasks and time_mask:
         yield "evaluate.tasks: with moe.moe_router_time_mask a question needs a time, which tasks have not"

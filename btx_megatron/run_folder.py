@@ -76,8 +76,9 @@ class RunFolder:
         """Make this folder the recipe's run, or find that it is.
 
         A folder without results is taken over; in one with results the recipe may differ in what changes
-        none (layouts, intervals, launch). Raises UserError if the folder cannot be written or holds other
-        things, or (naming the first key that differs) if another recipe made it.
+        none (layouts, intervals, launch), and in its tasks until they were asked. Raises UserError if the
+        folder cannot be written or holds other things, or (naming the first key that differs) if another
+        recipe made it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,10 @@ class RunFolder:
     def _claim(self, recipe: Recipe) -> None:
         resolved = recipe_to_dict(recipe)
         if (self.path / RECIPE_FILE).exists() and self._holds_results():
-            difference = first_difference(recipe_to_dict(self.recipe()), resolved)
+            made = recipe_to_dict(self.recipe())
+            if self.manifest("evaluate") is None and not self.is_locked("evaluate"):
+                made["evaluate"] |= {key: resolved["evaluate"][key] for key in ("tasks", "execute_code")}
+            difference = first_difference(made, resolved)
             if difference:
                 key, there, here = difference
                 raise UserError(

@@ -22,6 +22,7 @@ from btx_megatron.manifest import Manifest, fingerprint, make_manifest, read_man
 from btx_megatron.pipeline import command_of, input_fingerprints, stages_of, stages_to_run
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_file import parse_recipe, recipe_to_dict
+from btx_megatron.recipe_tasks import TaskFile
 from btx_megatron.run_folder import RunFolder, first_difference, stage_folder
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +118,19 @@ def test_what_does_not_change_results_may_differ(run: RunFolder) -> None:
     )
     run.claim(other)
     assert run.recipe().stages.seed.layout.data_parallel_size == 2  # the run says how it goes on
+
+
+def test_tasks_may_differ_until_they_were_asked(run: RunFolder) -> None:
+    run.claim(RECIPE)
+    publish(run, "prepare")
+    asks = other_recipe(evaluate__tasks=[TaskFile("a", "nq", "a.jsonl")], evaluate__execute_code=True)
+    with run.lock("evaluate"), pytest.raises(UserError, match=r"another recipe: evaluate\.tasks"):
+        run.claim(asks)
+    run.claim(asks)
+    assert run.recipe().evaluate.tasks[0].name == "a"
+    publish(run, "evaluate")
+    with pytest.raises(UserError, match=r"another recipe: evaluate\.tasks"):
+        run.claim(RECIPE)
 
 
 def test_added_and_removed_list_items_are_differences() -> None:

@@ -165,10 +165,11 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def _for_terminal(table: Table) -> RichTable:
+    from rich.markup import escape
     from rich.table import Table as RichTable
 
     shown = RichTable()
-    lines = [[cell.replace("`", "") for cell in line] for line in table.lines]
+    lines = [[escape(cell.replace("`", "")) for cell in line] for line in table.lines]
     for number, title in enumerate(table.head):
         is_name = number == 0 and table.texts == 1
         width = max(len(line[0]) for line in lines) if is_name else None

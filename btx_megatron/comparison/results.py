@@ -20,7 +20,7 @@ from btx_megatron.errors import UserError
 from btx_megatron.estimate import recipe_parameter_counts
 from btx_megatron.evaluation.page import machine_text
 from btx_megatron.evaluation.report import MEAN
-from btx_megatron.evaluation.rows import EVALUATION_FILE, MOE_ROWS, ensemble_rows
+from btx_megatron.evaluation.rows import EVALUATION_FILE, MOE_ROWS, ensemble_rows, opted_out
 from btx_megatron.methods import main_stage
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_compare import LEAST_LOAD, TASK, Prediction
@@ -83,12 +83,14 @@ def keep(of_seed: dict[str, Any], out: Path) -> None:
 
 
 def kept(variants: list[Variant], out: Path) -> dict[str, Any] | None:
-    """What was kept of a random seed; None where nothing was, or of other recipes."""
+    """What was kept of a random seed; None where nothing was, or of other recipes or in another order: names
+    of rows depend on it."""
     try:
         told: dict[str, Any] = json.loads(
             _seed_file(out, variants[0].random_seed).read_text(encoding="utf-8")
         )
-        return told if told["recipes"] == _recipes(variants) else None
+        fits = list(told["recipes"].items()) == list(_recipes(variants).items()) and told["text"]
+        return told if fits else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
@@ -112,6 +114,7 @@ def gather(variants: list[Variant]) -> dict[str, Any]:
     return {
         "random_seed": variants[0].random_seed,
         "recipes": _recipes(variants),
+        "text": runs[variants[0].name].text(),
         "variants": {name: _variant(run) for name, run in runs.items()},
         "rows": {row.name: _row(row, runs[row.variant]) for row in rows_of_comparison(variants)},
         "made_with": runs[variants[0].name].made_with(),
@@ -119,8 +122,17 @@ def gather(variants: list[Variant]) -> dict[str, Any]:
 
 
 def join(recipe: Recipe, of_seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """What compare.json holds. Lists over random seeds are in their order here."""
+    """What compare.json holds. Lists over random seeds are in their order here.
+
+    Raises UserError for random seeds of different text, which say nothing beside each other.
+    """
     first = of_seeds[0]
+    for told in of_seeds:
+        if told["text"] != first["text"]:
+            raise UserError(
+                f"random seeds {first['random_seed']} and {told['random_seed']} were measured on different "
+                "text, tokens or tasks (from other versions of packages?); keep one of them"
+            )
     rows = {name: _joined_row([told["rows"][name] for told in of_seeds]) for name in first["rows"]}
     return {
         "name": recipe.name,
@@ -151,6 +163,14 @@ class _Run:
             (self._folder.published(stage) / file).read_text(encoding="utf-8")
         )
         return content
+
+    def text(self) -> str:
+        """Hash of all tokens that the run was trained and measured on, and of the files of its tasks."""
+        prepared = self._folder.manifest("prepare")
+        assert prepared is not None
+        files = prepared.outputs.get("files", {})
+        tokens = {name: digest for name, digest in files.items() if name.endswith(".bin")}
+        return _hash({"tokens": tokens, "tasks": self.evaluation.get("task_files", {})})
 
     def losses(self, row: str) -> dict[str, float]:
         """By domain, and their mean."""
@@ -194,6 +214,7 @@ class _Run:
 def _row(row: Row, run: _Run) -> dict[str, Any]:
     own = row.name == row.variant
     ensemble = row.row in ensemble_rows(run.recipe)  # several models
+    is_mixture = row.row in MOE_ROWS or opted_out(row.row)
     counts = asdict(recipe_parameter_counts(run.recipe))
     return {
         "variant": row.variant if own else None,
@@ -202,7 +223,7 @@ def _row(row: Row, run: _Run) -> dict[str, Any]:
         "tasks": run.summary.get("tasks", {}).get(row.row, {}),
         "tokens": run.summary["tokens"][row.row],
         "flops": run.summary["flops"][row.row],
-        "active_parameters": None if ensemble else counts["moe_active" if row.row in MOE_ROWS else "dense"],
+        "active_parameters": None if ensemble else counts["moe_active" if is_mixture else "dense"],
     }
 
 

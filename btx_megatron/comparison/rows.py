@@ -22,6 +22,7 @@ from btx_megatron.evaluation.rows import (
     rows_of,
     spent_on,
 )
+from btx_megatron.evaluation.tasks import documents_hash
 
 _FOR_TRAINING = (
     "moe_router_load_balancing_type",
@@ -66,6 +67,7 @@ def measured_before(variant: Variant, others: Iterable[Variant]) -> dict[str, An
     Ensembles and the variant's own row are measured in any case: of these the evaluation tells more.
     """
     own = main_row(variant.recipe)
+    files = {task.name: documents_hash(task) for task in variant.recipe.evaluate.tasks}
     wanted = {_identity(variant, row): row for row in rows_of(variant.recipe) if row != own}
     found: dict[str, Any] = {}
     for other in others:
@@ -73,6 +75,8 @@ def measured_before(variant: Variant, others: Iterable[Variant]) -> dict[str, An
         if wanted and alike and other.run.manifest("evaluate"):
             told = (other.run.published("evaluate") / EVALUATION_FILE).read_text(encoding="utf-8")
             evaluation = json.loads(told)
+            if evaluation.get("task_files", {}) != files:
+                continue
             for row in rows_of(other.recipe):
                 known = wanted.pop(_identity(other, row), None)
                 if known:

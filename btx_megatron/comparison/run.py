@@ -29,8 +29,8 @@ RESULTS = "compare"
 def run_comparison(path: Path, overrides: list[str], machine: Machine | None = None) -> Path:
     """Train and measure all variants that are not finished; returns the folder of the results.
 
-    The results are written anew as each random seed ends, and kept: where they are and its runs are not,
-    nothing is run again. A variant that fails stops no other. Raises what run_pipeline raises.
+    The results are written anew as each random seed ends, and kept: where they are and not all of its runs
+    have a folder, nothing is run again. A variant that fails stops no other. Raises what run_pipeline raises.
     """
     recipe = load_recipe(path, overrides)
     variants = expand(path, overrides)
@@ -41,9 +41,9 @@ def run_comparison(path: Path, overrides: list[str], machine: Machine | None = N
     others = [variant for variant in variants_on_disk(folder) if variant.run.path not in planned]
     for seed in recipe.compare.random_seeds:
         of_seed = [variant for variant in variants if variant.random_seed == seed]
-        told = None if any(variant.run.path.exists() for variant in of_seed) else kept(of_seed, out)
+        told = None if all(variant.run.path.exists() for variant in of_seed) else kept(of_seed, out)
         if told:
-            print(f"== random seed {seed}: its results are here, its runs are not", flush=True)
+            print(f"== random seed {seed}: taken from {out / f'seed-{seed}.json'}", flush=True)
         else:
             mistakes = _run_all(of_seed, [*variants, *others], machine)
             failed += mistakes

@@ -47,8 +47,8 @@ class Variant:
 def expand(path: Path, overrides: list[str]) -> list[Variant]:
     """All runs of a recipe's comparison: the variants of the first random seed, of the second, ...
 
-    Raises UserError for a recipe without variants, or a variant that cannot run, has other data than the
-    first, or cannot be matched to it.
+    Raises UserError for a recipe without variants, or a variant that cannot run, has other data or tasks than
+    the first, or cannot be matched to it.
     """
     base = load_recipe(path, overrides)
     if not base.compare.variants:
@@ -89,6 +89,8 @@ def _of_seed(path: Path, overrides: list[str], base: Recipe, seed: int) -> Itera
             raise UserError(
                 f"{where}: its data, tokenizer or model.seq_length differ from those of the first"
             )
+        if recipe.evaluate.tasks != first.recipe.evaluate.tasks:
+            raise UserError(f"{where}: its evaluate.tasks differ from those of the first")
         yield variant
 
 

@@ -45,6 +45,8 @@ def ask_tasks(
         raise UserError("no task; name one with --task FORMAT=FILE")
     for told in tasks:
         check_task(told, execute_code)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"--json {out}: its folder is not there; make it first")
     asked = by_transformers if through == "hf" else by_megatron
     with asked(checkpoint, tokenizer, seq_length) as model:
         from btx_megatron.evaluation.harness import task_scores
@@ -65,17 +67,29 @@ def told_tasks(
     max_new_tokens: int,
 ) -> list[TaskFile]:
     """``FORMAT=FILE`` of a command line, as tasks named by their files; ``fewshot`` in the same form."""
-    examples = dict(_pair("--fewshot", text) for text in fewshot)
+    examples: dict[str, str] = {}
+    for text in fewshot:
+        kind, file = _pair("--fewshot", text)
+        if examples.setdefault(kind, file) != file:
+            raise UserError(f"--fewshot {text}: {kind} has {examples[kind]} already; name one file")
     tasks: list[TaskFile] = []
     for text in given:
         kind, file = _pair("--task", text)
         name = Path(file).stem
         if any(task.name == name for task in tasks):
             raise UserError(f"--task {text}: another task is named '{name}', too; rename one of the files")
-        tasks.append(TaskFile(name, kind, file, examples.get(kind), num_fewshot, limit, max_new_tokens))  # type: ignore[arg-type]
+        shown = num_fewshot if kind in examples else None
+        tasks.append(TaskFile(name, kind, file, examples.get(kind), shown, limit, max_new_tokens))  # type: ignore[arg-type]
     unused = set(examples) - {task.format for task in tasks}
     if unused:
         raise UserError(f"--fewshot {sorted(unused)[0]}=...: no --task of that format")
+    for option, value, least in (
+        ("--num-fewshot", num_fewshot, 0),
+        ("--limit", limit, 1),
+        ("--max-new-tokens", max_new_tokens, 1),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{option} {value}: must be at least {least}")
     return tasks
 
 
@@ -112,7 +126,7 @@ def by_transformers(checkpoint: Path, tokenizer: Path | None, seq_length: int | 
 
     with _hf_folder(checkpoint) as folder:
         given = tokenizer_file(folder, tokenizer)
-        if given.suffix != ".json":
+        if given.name != "tokenizer.json":
             raise UserError(f"{given}: transformers reads a tokenizer.json; name one with --tokenizer")
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         from lm_eval.models.huggingface import HFLM

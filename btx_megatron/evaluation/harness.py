@@ -33,8 +33,9 @@ def task_scores(model: Any, tasks: Sequence[TaskFile], execute_code: bool = Fals
     as make_task.
     """
     scores = {}
+    still_here = getattr(model, "still_here", lambda: None)
     for told in tasks:
-        task = make_task(told, execute_code)
+        task = make_task(told, execute_code, still_here)
         answered = evaluate(
             model, {"tasks": {told.name: task}, "groups": {}}, limit=told.limit, log_samples=False
         )
@@ -75,6 +76,10 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self._score, self._tokenizer, self._seq_length = score, tokenizer, seq_length
 
+    def still_here(self) -> None:
+        """Ask nothing, so that ranks which wait for questions go on waiting."""
+        self._score([])
+
     @property
     def eot_token_id(self) -> int:
         """Ends a document."""
@@ -95,7 +100,11 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        for (_, continuation), _, ids in requests:
+        for (context, continuation), _, ids in requests:
+            if not ids:
+                raise UserError(
+                    f"'{continuation}' behind '{context[-40:]}' has no token; leave that document out"
+                )
             if len(ids) > self._seq_length:
                 raise UserError(
                     f"'{continuation[:40]}...' has {len(ids)} tokens, more than the {self._seq_length} that "

@@ -17,6 +17,7 @@ import torch
 
 from btx_megatron.data.held_out import held_out_windows
 from btx_megatron.evaluation.rows import EVALUATION_FILE, ensemble_rows, main_row, opted_out, rows_of
+from btx_megatron.evaluation.tasks import documents_hash
 from btx_megatron.expert_masks import allowed_experts
 from btx_megatron.job import CHECKPOINTS, Job
 from btx_megatron.methods import main_stage
@@ -90,19 +91,20 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
             allowed = allowed_experts(recipe, name, made_by, opted_out(row)) if experts else None
             losses[row][name] = held_out_loss(model, windows[name], stage, recipe.model.seq_length, allowed)
             loads.append(take_load(model, recipe.model.num_layers))
-        if recipe.evaluate.tasks:
+        if row == main_row(recipe) and experts:
+            routing = _routing(job, stage, model, windows, torch.stack(loads))
+        if recipe.evaluate.tasks:  # after the routes of held-out text were read
             allowed = (
                 allowed_experts(recipe, recipe.domain_names[0], made_by, opted_out(row)) if experts else None
             )
             tasks[row] = _tasks(job, stage, model, allowed)
-        if row == main_row(recipe) and experts:
-            routing = _routing(job, stage, model, windows, torch.stack(loads))
     if ensembles:
         losses |= ensembles.losses(models[None])
     return {
         "held_out_loss": losses,
         "held_out_tokens": {name: int(sum(w[2].sum() for w in windows[name])) for name in windows},
         "tasks": tasks if recipe.evaluate.tasks else {},
+        "task_files": {task.name: documents_hash(task) for task in recipe.evaluate.tasks},
         "routing": routing or None,
         "clusters": _clusters(job) if recipe.cluster_names else None,
     }

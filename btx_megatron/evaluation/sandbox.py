@@ -1,9 +1,10 @@
 """Programs that a model wrote, run to see whether they pass their tests: HumanEval, MBPP.
 
 Each runs in a process of its own, in an empty folder, without this process's environment, and under limits:
-CPU and wall time, memory, size of files, number of open files and processes; without network where the kernel
-lets a user make a namespace. That keeps mistakes from doing harm, and is no prison: programs of a model that
-is not trusted belong in a container, with the whole evaluation.
+CPU and wall time, memory of a process, size of files, number of open files. Where the kernel lets a user
+make namespaces it has no network, may start few processes, and what it started ends with it. That keeps
+mistakes from doing harm, and is no prison: programs of a model that is not trusted belong in a container,
+with the whole evaluation.
 """
 
 from __future__ import annotations
@@ -33,20 +34,24 @@ def passes(program: str, seconds: float = SECONDS) -> bool:
     """Whether a program runs to its end, within ``seconds`` of wall time and of CPU time."""
     secret = secrets.token_hex(16)
     limits = json.dumps(_LIMITS | {"CPU": max(1, round(seconds)), "secret": secret})
-    with tempfile.TemporaryDirectory() as folder:
+    folder = tempfile.mkdtemp()
+    # a file and no pipe, which would stay open as long as anything that the program has started
+    with tempfile.TemporaryFile() as told:
         process = subprocess.Popen(
             [sys.executable, "-I", str(_RUNNER)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=told,
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env={"PATH": os.defpath, "HOME": folder, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
-        told = b""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            told, _ = process.communicate(f"{limits}\n{program}".encode(errors="replace"), timeout=seconds)
+            process.communicate(f"{limits}\n{program}".encode(errors="replace"), timeout=seconds)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
-        process.communicate()
-    return told == secret.encode()
+        process.wait()
+        told.seek(0)
+        said = told.read(1 << 10)
+    subprocess.run(["rm", "-rf", folder], check=False, stderr=subprocess.DEVNULL)  # however deep it is
+    return said == secret.encode()

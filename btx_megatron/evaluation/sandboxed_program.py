@@ -6,9 +6,11 @@ of this package, so that a start takes milliseconds.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 
 
@@ -21,13 +23,28 @@ def main() -> None:
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
     secret = limits["secret"].encode()
-    for name in ("CPU", "AS", "FSIZE", "NOFILE", "NPROC", "CORE"):
-        limit = limits[name]
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+    for name in ("CPU", "AS", "FSIZE", "NOFILE", "CORE"):
+        _limit(name, limits[name])
     with contextlib.suppress(OSError, AttributeError):  # where the kernel lets users make namespaces
-        os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNET)
+        os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNET | os.CLONE_NEWPID)
+        _limit("NPROC", limits["NPROC"])  # outside of one it would count all processes of the user
+        if os.fork():
+            os.wait()
+            os._exit(0)
+        # the first process in the namespace, with which all others in it end; it ends with its parent
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if program_process := os.fork():
+            os.waitpid(program_process, 0)
+            os._exit(0)
     exec(compile(program, "program", "exec"), {"__name__": "__main__"})
     os.write(told, secret)
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _limit(name: str, limit: int) -> None:
+    resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 The model is in any layout, all ranks take part: rank 0 asks, the others answer with it until it is done. The
 tasks of harness.py are made of such questions. There is no cache of keys and values: a generated token costs
-a pass over the text before it.
+a pass over the text before it. What a sequence is told does not depend on the others: experts have room for
+every token, and Sample Top-1 takes the likeliest expert.
 
 Shapes: B micro-batch, S positions, V this rank's part of the vocabulary.
 """
@@ -73,6 +74,7 @@ class Scorer:
         windows = [_window(sequence, length) for sequence in sequences]
         kept: list[tuple[Tensor, Tensor]] = []
         batches, count = micro_batches_of(self._model, windows, self._stage, self._allowed)
+        batches = (batch | {"each_alone": True} for batch in batches)
         step = partial(_step, vocab_size=self._vocab_size, kept=kept)
         with evaluating(self._model):
             run_micro_batches(self._model, batches, count, self._stage, length, forward_only=True, step=step)
@@ -152,7 +154,8 @@ def _scored(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int) -> tuple[Ten
     )
     part = logits_BSV.shape[-1]
     ids_V = torch.arange(part, device=logits_BSV.device) + rank * part
-    value_BS, best_BS = logits_BSV.masked_fill(ids_V >= vocab_size, -torch.inf).max(dim=-1)
+    logits_BSV = logits_BSV.masked_fill(ids_V >= vocab_size, torch.finfo(logits_BSV.dtype).min / 2)
+    value_BS, best_BS = logits_BSV.max(dim=-1)
     best_BS = best_BS + rank * part
     if ranks > 1:
         group = parallel_state.get_tensor_model_parallel_group()

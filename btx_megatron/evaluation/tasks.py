@@ -6,6 +6,7 @@ from elsewhere, so that nothing is fetched. Programs (HumanEval, MBPP) run in sa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -39,8 +40,9 @@ class Format:
     """What counts where one number is told; of [0, 1], more is better."""
     program: Callable[[Document, str], str] | None = None
     """Document and answer -> the program that must run to its end."""
-    take: Callable[[Document], Document] = dict
-    """A document as the file has it -> as the harness's task reads it. KeyError and the like: a bad one."""
+    take: Callable[[Document], Document] | None = None
+    """A document as the file has it -> as the harness's task reads it; None: the keys that it needs, which
+    are texts. KeyError and the like: a bad one."""
 
 
 def _humaneval_program(document: Document, answer: str) -> str:
@@ -52,15 +54,17 @@ def _mbpp_program(document: Document, answer: str) -> str:
 
 
 def _take_mbpp(document: Document) -> Document:
-    if len(document["test_list"]) < 3:
+    tests = _texts(document["test_list"])
+    if len(tests) < 3:
         raise ValueError("test_list has fewer than three tests, which the prompt shows")
-    return {"text": document.get("text") or document["prompt"], **document}
+    text = document.get("text") or document["prompt"]
+    return {"text": _text(text), "code": _text(document["code"]), "test_list": tests}
 
 
 def _take_nq(document: Document) -> Document:
     answers = document["answer"]
-    question = document["question"].strip().removesuffix("?")  # the prompt has one
-    return {**document, "question": question, "answer": [answers] if isinstance(answers, str) else answers}
+    question = _text(document["question"]).strip().removesuffix("?")  # the prompt has one
+    return {"question": question, "answer": _texts([answers] if isinstance(answers, str) else answers)}
 
 
 def _take_choices(document: Document) -> Document:
@@ -68,12 +72,28 @@ def _take_choices(document: Document) -> Document:
     choices = document["choices"]
     if isinstance(choices, list):
         labels = [str(number) for number in range(len(choices))]
-        choices, answer = {"text": choices, "label": labels}, str(int(document["answer"]))
+        choices, answer = {"text": choices, "label": labels}, str(document["answer"])
     else:
         answer = document["answerKey"]
-    if answer not in choices["label"] or len(choices["label"]) != len(choices["text"]):
+    texts, labels = _texts(choices["text"]), _texts(choices["label"])
+    if answer not in labels or len(labels) != len(texts):
         raise ValueError(f"answer '{answer}' is none of the choices")
-    return {"question": document["question"], "choices": choices, "answerKey": answer}
+    if not all(text.strip() for text in texts):
+        raise ValueError("a choice is empty")
+    choices = {"text": texts, "label": labels}
+    return {"question": _text(document["question"]), "choices": choices, "answerKey": answer}
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _texts(values: Any) -> list[str]:
+    if not isinstance(values, list) or not values:
+        raise TypeError(f"{values!r} is no list of texts")
+    return [_text(value) for value in values]
 
 
 FORMATS = {
@@ -92,14 +112,29 @@ def check_task(told: TaskFile, execute_code: bool) -> None:
     _read_task(told, execute_code)
 
 
-def make_task(told: TaskFile, execute_code: bool = False) -> Any:
+def check_documents(told: TaskFile, execute_code: bool) -> None:
+    """As check_task, of the files alone: the harness need not be installed here."""
+    _read_documents(told, execute_code)
+
+
+def documents_hash(told: TaskFile) -> str:
+    """SHA-256, in hex, over the files of a task. Raises UserError for one that cannot be read."""
+    digest = hashlib.sha256()
+    for file in filter(None, (told.path, told.fewshot_path)):
+        digest.update(hashlib.sha256(_read(told, file)).digest())
+    return digest.hexdigest()
+
+
+def make_task(
+    told: TaskFile, execute_code: bool = False, before_program: Callable[[], None] = lambda: None
+) -> Any:
     """The harness's task of a file.
 
-    Raises UserError for a file that cannot be read or has a document of another format, few-shot examples
-    that are too few, or programs where ``execute_code`` is false.
+    ``before_program`` is called before each program that runs, which may take seconds. Raises UserError for
+    a file that cannot be read or has a document of another format, few-shot examples that are too few, or
+    programs where ``execute_code`` is false.
     """
     config, documents = _read_task(told, execute_code)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # nothing is fetched
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of documents that come from a function
@@ -120,6 +155,7 @@ def make_task(told: TaskFile, execute_code: bool = False) -> Any:
     if program:
 
         def judge(document: Document, results: list[str]) -> dict[str, float]:
+            before_program()
             return {"pass@1": float(passes(program(document, results[0])))}
 
         config |= {
@@ -133,16 +169,8 @@ def make_task(told: TaskFile, execute_code: bool = False) -> Any:
 
 def _read_task(told: TaskFile, execute_code: bool) -> tuple[dict[str, Any], dict[str, list[Document]]]:
     """The harness's configuration, and documents by split."""
-    form = FORMATS[told.format]
-    if form.program and not execute_code:
-        raise UserError(
-            f"task '{told.name}': {told.format} runs programs that the model wrote; say --execute-code "
-            "(evaluate.execute_code=true) if they may run here"
-        )
-    documents = {"test": _documents(told, told.path)}
-    if told.fewshot_path:
-        documents["train"] = _documents(told, told.fewshot_path)
-    config = _config(form.of)
+    documents = _read_documents(told, execute_code)
+    config = _config(FORMATS[told.format].of)
     if told.num_fewshot is not None or not told.fewshot_path:
         config["num_fewshot"] = told.num_fewshot or 0
     shots, there = config.setdefault("num_fewshot", 0), len(documents.get("train", []))
@@ -152,6 +180,19 @@ def _read_task(told: TaskFile, execute_code: bool) -> tuple[dict[str, Any], dict
             "file with more, or lower num_fewshot"
         )
     return config, documents
+
+
+def _read_documents(told: TaskFile, execute_code: bool) -> dict[str, list[Document]]:
+    """By split."""
+    if FORMATS[told.format].program and not execute_code:
+        raise UserError(
+            f"task '{told.name}': {told.format} runs programs that the model wrote; say --execute-code "
+            "(evaluate.execute_code=true) if they may run here"
+        )
+    documents = {"test": _documents(told, told.path)}
+    if told.fewshot_path:  # MBPP's prompt asks whether a document is one of them
+        documents["train"] = [{**its, "is_fewshot": True} for its in _documents(told, told.fewshot_path)]
+    return documents
 
 
 def _config(name: str) -> dict[str, Any]:
@@ -178,11 +219,9 @@ def _config(name: str) -> dict[str, Any]:
 def _documents(told: TaskFile, file: str) -> list[Document]:
     form, documents = FORMATS[told.format], []
     try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"task '{told.name}': {file} cannot be read ({error}); name a file of JSON lines"
-        ) from None
+        lines = _read(told, file).decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"task '{told.name}': {file} is no UTF-8 text ({error})") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -195,9 +234,19 @@ def _documents(told: TaskFile, file: str) -> list[Document]:
         if missing:
             raise UserError(f"{where}: no key '{missing[0]}'; {told.format} has {', '.join(form.needs)}")
         try:
-            documents.append(form.take(document))
+            taken = form.take(document) if form.take else {key: _text(document[key]) for key in form.needs}
+            documents.append(taken)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{where}: not a document of {told.format} ({error})") from None
     if not documents:
         raise UserError(f"task '{told.name}': {file} has no document")
     return documents
+
+
+def _read(told: TaskFile, file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"task '{told.name}': {file} cannot be read ({error}); name a file of JSON lines"
+        ) from None

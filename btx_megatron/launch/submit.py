@@ -23,6 +23,7 @@ from pathlib import Path
 import btx_megatron
 from btx_megatron.durable import write_durably
 from btx_megatron.errors import UserError
+from btx_megatron.evaluation.tasks import check_documents
 from btx_megatron.launch.queue import JobState, job_states, run_slurm
 from btx_megatron.launch.sbatch import JobRequest, job_request
 from btx_megatron.manifest import code_commit
@@ -73,8 +74,11 @@ def submit(
     """Send what is not finished and not queued; returns lines that tell of each stage.
 
     ``only``: these stages alone. ``dry_run``: write scripts, code and submit.sh, and send nothing. Raises
-    UserError for a stage that is none, or needs one that is neither finished nor queued.
+    UserError for a task's file that cannot be read, and for a stage that is none, or needs one that is
+    neither finished nor queued.
     """
+    for task in recipe.evaluate.tasks:
+        check_documents(task, recipe.evaluate.execute_code)
     run = RunFolder(recipe.run_folder)
     run.claim(recipe)
     names = [stage.name for stage in stages_of(recipe)]

@@ -39,6 +39,8 @@ class BatchContext:
     """[S] where in the sample the tokens of that part stand."""
     allowed_experts: Tensor | None = None
     """[B, E] the experts that a sample's tokens may take (bool); None: all."""
+    each_alone: bool = False
+    """Whether a token's routes must not depend on what else is in the batch: no capacity, no noise."""
 
 
 batch_context = BatchContext()
@@ -98,7 +100,7 @@ class Router(TopKRouter):
         if allowed_BE is not None:  # fewer than top-k may be allowed
             allowed_TE = allowed_BE.expand_as(logits).reshape_as(routes_TE)
             gates_TE, routes_TE = gates_TE * allowed_TE, routes_TE & allowed_TE
-        if self._capacity_factor is not None:
+        if self._capacity_factor is not None and not context.each_alone:
             capacity = math.ceil(self.topk * len(routes_TE) / self.num_experts * self._capacity_factor)
             wanted_TE, routes_TE = routes_TE, first_come(routes_TE, capacity)
             gates_TE = gates_TE * routes_TE
@@ -193,7 +195,7 @@ class SampleTop1Router(Router):
         sequence, batch = logits.shape[:2]
         logits_TE = self.apply_z_loss(logits.view(-1, self.num_experts)).float()
         noise_TE = self._noise(context, sequence, batch, logits.device)
-        if not self.training and self.moe.moe_router_inference == "argmax":
+        if context.each_alone or (not self.training and self.moe.moe_router_inference == "argmax"):
             noise_TE = torch.zeros_like(noise_TE)
         gates_TE, routes_TE = sampled_top1(logits_TE + noise_TE, self._temperature(context.step))
         if not self.training:

@@ -183,7 +183,8 @@ def entered(batch: Batch) -> Batch:
     """A micro-batch on this rank's device, this rank's part of it; routers are told what passes."""
     batch_context.step = int(batch["step"])
     batch_context.sample_index = batch["sample_index"]
-    on_device = {key: value.to(device()) for key, value in batch.items() if key != "step"}
+    batch_context.each_alone = bool(batch.get("each_alone", False))
+    on_device = {key: value.to(device()) for key, value in batch.items() if isinstance(value, torch.Tensor)}
     on_device |= {key: my_part(on_device[key], dim=1) for key in _ALONG_THE_SEQUENCE}
     batch_context.loss_mask = on_device["loss_mask"]
     batch_context.positions = on_device["position_ids"][0]

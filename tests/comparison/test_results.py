@@ -73,6 +73,7 @@ def write_run(variant: Variant) -> None:
         "report": {"summary.json": summary},
         "evaluate": {"evaluation.json": {"routing": routing if has_moe else None}},
         str(main_stage(recipe)): {"losses.jsonl": records},
+        "prepare": {},
     }
     for stage, content in files.items():
         work = run.work(stage)
@@ -80,7 +81,8 @@ def write_run(variant: Variant) -> None:
         for name, value in content.items():
             lines = value if isinstance(value, list) else [value]
             (work / name).write_text("\n".join(json.dumps(line) for line in lines))
-        run.publish(make_manifest(stage, {}, {}, {}, None, 7.0))
+        outputs = {"files": {"train/a.bin": "1", "tokenizer/tokenizer.model": str(run.path)}}
+        run.publish(make_manifest(stage, {}, {}, outputs if stage == "prepare" else {}, None, 7.0))
 
 
 def by_seed(variants: list[Variant]) -> list[dict[str, Any]]:
@@ -97,7 +99,7 @@ def compared(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
         "soft": ["moe.moe_router_type=soft"],
         "dense": ["method=dense"],
     }
-    tasks = [f"evaluate.tasks=[{{name: quiz, format: nq, path: {tmp_path}/quiz.jsonl}}]"]
+    tasks = [f"evaluate.tasks=[{{name: quiz, format: multiple_choice, path: {tmp_path}/quiz.jsonl}}]"]
     path = write_recipe(tmp_path, variants=overrides, random_seeds=list(SEEDS), predictions=PREDICTIONS)
     variants = expand(path, tasks)
     for variant in variants:
@@ -195,8 +197,32 @@ def test_what_is_kept_of_a_random_seed_is_enough(tmp_path: Path) -> None:
     assert kept([v for v in expand(path, ["training.lr=0.5"]) if v.random_seed == 1], out) is None
     assert kept(expand(path, ["compare.random_seeds=[3]"]), out) is None
     assert kept([v for v in expand(path, ["launch.threads_per_rank=3"]) if v.random_seed == 1], out)
+    assert kept([first[1], first[0], *first[2:]], out) is None  # names of rows depend on the order
+    (out / "seed-1.json").write_text(json.dumps(told[0] | {"text": ""}))
+    assert kept(first, out) is None
     (out / "seed-1.json").write_text("{")
     assert kept(first, out) is None
+
+
+def test_seeds_of_different_text_are_not_told_together(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, variants={"btx": []}, random_seeds=[1, 2])
+    variants = expand(path, [])
+    for variant in variants:
+        write_run(variant)
+    first, second = by_seed(variants)
+    assert first["text"] == second["text"]
+    second["text"] = "other"
+    with pytest.raises(UserError, match="random seeds 1 and 2 were measured on different text"):
+        write_results(load_recipe(path), [first, second], tmp_path / "compare")
+
+
+def test_brackets_in_a_claim_are_printed(
+    compared: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = json.loads(json.dumps(compared[1]))
+    results["predictions"][0]["claim"] = "b [/or not]"
+    print_results(results)
+    assert "[/or" in capsys.readouterr().out
 
 
 def test_seeds_of_several_days_commits_and_machines_are_told(compared: tuple[Path, dict[str, Any]]) -> None:

@@ -48,7 +48,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     path = write_recipe(folder, variants=VARIANTS, predictions=PREDICTIONS, random_seeds=[1, 2])
     content = yaml.safe_load(path.read_text())
     content["evaluate"] = {"tasks": [{"name": "quiz", "format": "multiple_choice", "path": "quiz.jsonl"}]}
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     here = this_machine("cpu")
     machine = GuardedMachine(**{field.name: getattr(here, field.name) for field in dataclasses.fields(here)})
     out = run_comparison(path, [], machine)
@@ -104,6 +104,7 @@ def test_sharing_changes_no_number(compared: tuple[Path, dict[str, Any]], tmp_pa
     path, results = compared
     (ties,) = [v for v in expand(path, []) if (v.name, v.random_seed) == ("ties", 2)]
     ties.recipe.run_folder = str(tmp_path / "alone")
+    ties.recipe.evaluate.tasks = []  # nor does it change a route that somebody is asked something
     run_pipeline(ties.recipe, this_machine("cpu"))
     summary = json.loads((tmp_path / "alone" / "report" / "summary.json").read_text())
     assert (
@@ -111,6 +112,12 @@ def test_sharing_changes_no_number(compared: tuple[Path, dict[str, Any]], tmp_pa
         == results["rows"]["ties"]["held_out_loss"]["mean"]["values"][1]
     )
     assert summary["tokens"]["btx"] == results["rows"]["ties"]["tokens"]
+    shared = path.parent / "runs" / "seed-2" / "ties"
+    routing = [
+        json.loads((run / "evaluate" / "evaluation.json").read_text())["routing"]
+        for run in (tmp_path / "alone", shared)
+    ]
+    assert routing[0] == routing[1]
 
 
 def test_what_was_measured_is_not_measured_again(compared: tuple[Path, dict[str, Any]]) -> None:
@@ -147,7 +154,7 @@ def test_another_question_of_the_same_models(compared: tuple[Path, dict[str, Any
     content = yaml.safe_load(path.read_text()) | {"name": "second"}
     content["compare"] = {"variants": variants, "random_seeds": [1]}
     second = path.with_name("second.yaml")
-    second.write_text(yaml.safe_dump(content))
+    second.write_text(yaml.safe_dump(content, sort_keys=False))
     out = run_comparison(second, [], this_machine("cpu"))
     assert out == path.parent / "runs" / "compare" / "second"
     told = json.loads((out / "compare.json").read_text())

@@ -86,6 +86,10 @@ def test_noise_of_the_router_has_the_random_seed_too(tmp_path: Path) -> None:
         ({"variants": {"a": ["moe.topk=1"]}}, "compare.variants.a: .*unknown key 'moe.topk'"),
         ({"variants": {"a": ["nothing"]}}, "compare.variants.a: override 'nothing': write it as"),
         (
+            {"variants": {"a": [], "b": ["evaluate.tasks=[{name: a, path: a.jsonl}]"]}},
+            "compare.variants.b: its evaluate.tasks differ from those of the first",
+        ),
+        (
             {"variants": {"a": [], "b": ["data.random_seed=5"]}},
             "compare.variants.b: its data, tokenizer or model.seq_length differ from those of the first",
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import typing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from btx_megatron.errors import UserError
 from btx_megatron.evaluation.ask import ask_tasks, told_tasks
-from btx_megatron.evaluation.tasks import FORMATS, check_task, make_task
+from btx_megatron.evaluation.tasks import FORMATS, check_task, documents_hash, make_task
 from btx_megatron.recipe_file import load_recipe
 from btx_megatron.recipe_tasks import TaskFile
 
@@ -136,6 +137,24 @@ def test_mbpp_shows_its_tests(tmp_path: Path) -> None:
     assert parrot.asked[1][0].endswith("assert double(2) == 4\n[BEGIN]\n")
 
 
+def test_mbpp_shows_examples_with_their_programs(tmp_path: Path) -> None:
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text(json.dumps(DOCUMENTS["mbpp"][0]))
+    parrot = Parrot(RIGHT["mbpp"])
+    told = scores_of(parrot, written(tmp_path, "mbpp", fewshot_path=str(examples), num_fewshot=1), True)
+    assert told["value"] == 1
+    shown = "[BEGIN]\ndef add(a, b):\n    return a + b\n[DONE]"
+    assert [shown in prompt for prompt, _ in parrot.asked] == [True, True]
+    assert parrot.asked[1][0].endswith("assert double(2) == 4\n[BEGIN]\n")
+
+
+def test_what_waits_is_told_before_each_program(tmp_path: Path) -> None:
+    parrot, told = Parrot(RIGHT["humaneval"]), []
+    parrot.still_here = lambda: told.append(1)  # type: ignore[attr-defined]
+    scores_of(parrot, written(tmp_path, "humaneval"), True)
+    assert len(told) == 2
+
+
 def test_choices(tmp_path: Path) -> None:
     task = written(tmp_path, "multiple_choice")
     for likes, score in (({" that one", " a"}, 1.0), ({" this", " a"}, 0.5), ({" this", " b"}, 0.0)):
@@ -187,7 +206,22 @@ def test_code_runs_if_it_may(tmp_path: Path) -> None:
         ("nq", "{", ":1: not JSON; a document of nq is one line of it"),
         ("nq", "[]", ":1: no key 'question'; nq has question, answer"),
         ("nq", '\n{"question": "a"}', ":2: no key 'answer'; nq has question, answer"),
-        ("nq", '{"question": 3, "answer": []}', ":1: not a document of nq"),
+        ("nq", '{"question": 3, "answer": ["b"]}', ":1: not a document of nq (3 is no text)"),
+        ("nq", '{"question": "a", "answer": []}', ":1: not a document of nq ([] is no list of texts)"),
+        ("nq", '{"question": "a", "answer": null}', ":1: not a document of nq (None is no list of texts)"),
+        ("gsm8k", '{"question": "a", "answer": 2}', ":1: not a document of gsm8k (2 is no text)"),
+        (
+            "humaneval",
+            '{"prompt": 3, "test": "a", "entry_point": "b"}',
+            "not a document of humaneval (3 is no",
+        ),
+        ("multiple_choice", '{"question": "a", "choices": ["", "b"], "answer": 1}', "a choice is empty"),
+        ("multiple_choice", '{"question": "a", "choices": [1, "b"], "answer": 1}', "(1 is no text)"),
+        (
+            "multiple_choice",
+            '{"question": "a", "choices": ["b", "c"], "answer": 1.7}',
+            "answer '1.7' is none",
+        ),
         ("multiple_choice", '{"question": "a", "choices": ["b"], "answer": 1}', "answer '1' is none of the"),
         ("multiple_choice", '{"question": "a", "choices": ["b"]}', ":1: not a document of multiple_choice"),
         ("mbpp", '{"code": "", "text": "a", "test_list": ["b"]}', "test_list has fewer than three tests"),
@@ -210,17 +244,40 @@ def test_files_and_examples_that_are_missing(tmp_path: Path) -> None:
         check_task(task, False)
 
 
+def test_keys_that_nobody_needs_may_hold_anything(tmp_path: Path) -> None:
+    documents = [{"question": "2 and 3?", "answer": "#### 5", "id": n} for n in (1, "x")]
+    assert scores_of(Parrot(["#### 5"] * 2), written(tmp_path, "gsm8k", documents))["value"] == 1
+
+
+def test_a_tasks_hash_is_of_its_files(tmp_path: Path) -> None:
+    task = written(tmp_path, "gsm8k")
+    first = documents_hash(task)
+    shown = replace(task, fewshot_path=task.path)
+    written(tmp_path, "gsm8k", DOCUMENTS["gsm8k"][:1])
+    assert len({first, documents_hash(task), documents_hash(shown)}) == 3
+    with pytest.raises(UserError, match="cannot be read"):
+        documents_hash(replace(task, path="nowhere.jsonl"))
+
+
 def test_a_command_lines_tasks() -> None:
     tasks = told_tasks(["gsm8k=a/b.jsonl", "nq=c.jsonl"], ["nq=d.jsonl"], 3, None, 8)
-    assert [(task.name, task.format, task.path, task.fewshot_path) for task in tasks] == [
-        ("b", "gsm8k", "a/b.jsonl", None),
-        ("c", "nq", "c.jsonl", "d.jsonl"),
+    assert [(task.name, task.format, task.path, task.fewshot_path, task.num_fewshot) for task in tasks] == [
+        ("b", "gsm8k", "a/b.jsonl", None, None),
+        ("c", "nq", "c.jsonl", "d.jsonl", 3),
     ]
+    for numbers, message in (
+        ((-1, None, 8), "--num-fewshot -1: must be at least 0"),
+        ((None, 0, 8), "--limit 0: must be at least 1"),
+        ((None, None, 0), "--max-new-tokens 0: must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            told_tasks(["nq=c.jsonl"], [], *numbers)
     for given, fewshot, message in (
         (["mmlu=a.jsonl"], [], "--task mmlu=a.jsonl: write FORMAT=FILE; formats: gsm8k, "),
         (["nq"], [], "--task nq: write FORMAT=FILE"),
         (["nq=a/x.jsonl", "gsm8k=b/x.jsonl"], [], "another task is named 'x'"),
         (["nq=a.jsonl"], ["gsm8k=b.jsonl"], "--fewshot gsm8k=...: no --task of that format"),
+        (["nq=a.jsonl"], ["nq=b.jsonl", "nq=c.jsonl"], "--fewshot nq=c.jsonl: nq has b.jsonl already"),
     ):
         with pytest.raises(UserError, match=message):
             told_tasks(given, fewshot, None, None, 8)
@@ -238,12 +295,13 @@ def test_a_command_lines_tasks() -> None:
         ({"limit": 0}, r"evaluate.tasks\[0\].limit 0: must be at least 1"),
         ({"num_fewshot": -1}, r"evaluate.tasks\[0\].num_fewshot -1: must be at least 0"),
         ({"max_new_tokens": 0}, r"evaluate.tasks\[0\].max_new_tokens 0: must be at least 1"),
+        ({"max_new_tokens": 256}, r"max_new_tokens 256 leaves no room for a question in the 256 tokens"),
         ({"format": "mmlu"}, r"key 'format': Invalid value 'mmlu', expected one of"),
     ],
 )
 def test_a_recipes_tasks(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     recipe = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
-    told = {"name": "a", "format": "nq", "path": "a.jsonl"}
+    told = {"name": "a", "format": "nq", "path": "a.jsonl", "max_new_tokens": 8}
 
     def override(values: dict[str, Any]) -> str:
         return f"evaluate.tasks=[{json.dumps(values)}]"

@@ -8,6 +8,7 @@ torchrun --nproc-per-node 4 scoring_worker.py FOLDER     and of four
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from btx_megatron.evaluation.scoring import Score
 
 LAYOUTS = {
-    1: {"dense 1": Layout(), "deep 1": Layout(), "moe 1": Layout()},
+    1: {name: Layout() for name in ("dense 1", "deep 1", "moe 1", "moe:switch 1", "moe:sample 1")},
     2: {
         "dense TP2+SP": TP2_SP,
         "dense PP2": PP2,
@@ -44,9 +45,16 @@ LAYOUTS = {
         "moe TP2+SP": TP2_SP,
         "moe EP2": EP2,
         "moe PP2": PP2,
+        "moe:switch DP2": Layout(data_parallel_size=2),
+        "moe:sample DP2": Layout(data_parallel_size=2),
     },
     4: {"moe TP2+SP+EP2": TP2_EP2},
 }
+ROUTERS = {
+    "switch": Moe(moe_router_type="switch", moe_router_load_balancing_type="none"),
+    "sample": Moe(moe_router_type="sample_top1", moe_router_load_balancing_type="none"),
+}
+"""Behind the colon of a name: the mixture with a router whose routes might depend on the batch."""
 SAID = VOCABULARY - 5
 """The last tokens are padding: never the likeliest."""
 LENGTHS = (1, 2, 31, 3, 17, 32, 33, 9, 8)
@@ -77,15 +85,18 @@ def scored(name: str, layout: Layout, folder: Path) -> list[dict[str, Any]]:
     from btx_megatron.model.build import build_model
     from btx_megatron.training.checkpoint import load_weights
 
-    kind = name.partition(" ")[0]
+    kind, _, router = name.partition(" ")[0].partition(":")
     ranks.set_layout(layout, seed=7)
     stage = Stage(training=TRAINING, layout=layout)
     shape = replace(MODEL, num_layers=4 if kind == "deep" else MODEL.num_layers)
-    recipe = Recipe(model=shape, training=TRAINING, moe=MOES[kind] or Moe())
+    moe = ROUTERS[router] if router else MOES[kind] or Moe()
+    recipe = Recipe(model=shape, training=TRAINING, moe=moe)
     model = build_model(recipe, stage, VOCABULARY, EXPERTS if MOES[kind] else None)
     load_weights(folder / kind, model)
 
     def ask(score: Score) -> list[dict[str, Any]]:
+        after_3 = score([[3, token] for token in range(SAID)])
+        assert abs(sum(math.exp(its.log_p[0]) for its in after_3) - 1) < 1e-4
         first, rest = sequences()[:4], sequences()[4:]
         told = [*score(first), *score(rest)]  # as often as it likes, as many as it likes
         return [{"log_p": its.log_p.tolist(), "best": its.best.tolist()} for its in told]
