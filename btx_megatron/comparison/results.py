@@ -165,12 +165,8 @@ class _Run:
         return content
 
     def text(self) -> str:
-        """Hash of all tokens that the run was trained and measured on, and of the files of its tasks."""
-        prepared = self._folder.manifest("prepare")
-        assert prepared is not None
-        files = prepared.outputs.get("files", {})
-        tokens = {name: digest for name, digest in files.items() if name.endswith(".bin")}
-        return _hash({"tokens": tokens, "tasks": self.evaluation.get("task_files", {})})
+        """Hash of the text and the tasks that the run's models were measured on."""
+        return _hash({key: self.evaluation[key] for key in ("held_out_sha256", "task_files")})
 
     def losses(self, row: str) -> dict[str, float]:
         """By domain, and their mean."""

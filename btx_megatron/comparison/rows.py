@@ -75,14 +75,14 @@ def measured_before(variant: Variant, others: Iterable[Variant]) -> dict[str, An
         if wanted and alike and other.run.manifest("evaluate"):
             told = (other.run.published("evaluate") / EVALUATION_FILE).read_text(encoding="utf-8")
             evaluation = json.loads(told)
-            if evaluation.get("task_files", {}) != files:
+            if evaluation["task_files"] != files:
                 continue
             for row in rows_of(other.recipe):
                 known = wanted.pop(_identity(other, row), None)
                 if known:
                     found[known] = {
                         "held_out_loss": evaluation["held_out_loss"][row],
-                        "tasks": evaluation.get("tasks", {}).get(row),
+                        "tasks": evaluation["tasks"].get(row),
                     }
     return found
 

@@ -7,6 +7,7 @@ windows (mask 0), since ranks that share experts must meet in every layer.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -103,11 +104,20 @@ def _evaluate_rows(job: Job, stage: Stage) -> dict[str, Any]:
     return {
         "held_out_loss": losses,
         "held_out_tokens": {name: int(sum(w[2].sum() for w in windows[name])) for name in windows},
+        "held_out_sha256": {name: _digest(windows[name]) for name in windows},
         "tasks": tasks if recipe.evaluate.tasks else {},
         "task_files": {task.name: documents_hash(task) for task in recipe.evaluate.tasks},
         "routing": routing or None,
         "clusters": _clusters(job) if recipe.cluster_names else None,
     }
+
+
+def _digest(windows: Windows) -> str:
+    """SHA-256, in hex, over the tokens that count."""
+    digest = hashlib.sha256()
+    for _, labels, mask in windows:
+        digest.update(np.where(mask > 0, labels, -1).astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _tasks(job: Job, stage: Stage, model: Model, allowed: list[bool] | None) -> dict[str, Any] | None:

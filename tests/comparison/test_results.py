@@ -69,11 +69,11 @@ def write_run(variant: Variant) -> None:
         {"step": 1},
         {"step": 2, "expert_load": {"min": [0.1, 0.2], "max": [0.6, 0.5], "dead": [0, 0]}},
     ]
+    told = {"routing": routing if has_moe else None, "held_out_sha256": {"json": "1"}, "task_files": {}}
     files: dict[str, dict[str, Any]] = {
         "report": {"summary.json": summary},
-        "evaluate": {"evaluation.json": {"routing": routing if has_moe else None}},
+        "evaluate": {"evaluation.json": told},
         str(main_stage(recipe)): {"losses.jsonl": records},
-        "prepare": {},
     }
     for stage, content in files.items():
         work = run.work(stage)
@@ -81,8 +81,7 @@ def write_run(variant: Variant) -> None:
         for name, value in content.items():
             lines = value if isinstance(value, list) else [value]
             (work / name).write_text("\n".join(json.dumps(line) for line in lines))
-        outputs = {"files": {"train/a.bin": "1", "tokenizer/tokenizer.model": str(run.path)}}
-        run.publish(make_manifest(stage, {}, {}, outputs if stage == "prepare" else {}, None, 7.0))
+        run.publish(make_manifest(stage, {}, {}, {}, None, 7.0))
 
 
 def by_seed(variants: list[Variant]) -> list[dict[str, Any]]:
