@@ -2,6 +2,8 @@
 # ARGS=... is passed on: recipe overrides for quickstart (ARGS="training.lr=1e-3"), pytest's arguments for tests.
 ARGS ?=
 venv := .venv
+# Files of tests side by side: most of a test is a process that starts.
+in_parallel := --numprocesses logical --maxprocesses 4 --dist loadfile
 pip_install = $(venv)/bin/python -m pip install --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
@@ -16,10 +18,10 @@ quickstart: $(venv)/.installed-quickstart ## install, then run Branch-Train-MiX 
 	@$(venv)/bin/btx run examples/quickstart.yaml $(ARGS)
 
 test: $(venv)/.installed-test ## install what the tests need, then run the quick ones
-	@$(venv)/bin/python -m pytest -q $(ARGS)
+	@$(venv)/bin/python -m pytest -q $(in_parallel) $(ARGS)
 
 test-slow: $(venv)/.installed-test ## tests that take minutes: whole runs, many layouts
-	$(call run_marked,slow and not slurm and not gpu)
+	$(call run_marked,slow and not slurm and not gpu,$(in_parallel))
 
 test-slurm: $(venv)/.installed-test ## tests on a local Slurm cluster
 	$(call run_marked,slurm)
@@ -58,5 +60,5 @@ $(venv)/.made:
 	@touch $@
 
 define run_marked
-	@$(venv)/bin/python -m pytest -q -m "$(1)" $(ARGS)
+	@$(venv)/bin/python -m pytest -q -m "$(1)" $(2) $(ARGS)
 endef

@@ -7,10 +7,8 @@ top; what a command needs it imports itself. Exit codes and their meaning are in
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -18,6 +16,7 @@ import typer
 
 import btx_megatron
 from btx_megatron.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, StageFailed, Stopped, UserError
+from btx_megatron.quick_import import quick_import
 
 if TYPE_CHECKING:
     from btx_megatron.recipe import Recipe
@@ -73,17 +72,6 @@ def entry() -> NoReturn:
         if "torch" in sys.modules:
             os._exit(code)
     sys.exit(code)
-
-
-@contextlib.contextmanager
-def _torch_imported_quickly() -> Iterator[None]:
-    """Without the garbage collector, which finds nothing in an import and takes a sixth of its time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _print_version(wanted: bool) -> None:
@@ -216,7 +204,7 @@ def verify(
     seq_length: Annotated[int, typer.Option(help="For --loss: tokens a window.")] = 512,
 ) -> None:
     """Re-read a checkpoint: shapes, finite values, distinct experts, hashes."""
-    with _torch_imported_quickly():
+    with quick_import():
         from btx_megatron.mixing.verify import verify as verify_checkpoint
 
     found = verify_checkpoint(checkpoint)
@@ -282,7 +270,7 @@ def inspect(
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every number there.")] = None,
 ) -> None:
     """Say what a checkpoint is; of several, how they differ and how far they moved from their base."""
-    with _torch_imported_quickly():
+    with quick_import():
         from btx_megatron.mixing.inspect_output import run_inspect
 
     run_inspect(checkpoints, base, sample, json)
@@ -391,7 +379,7 @@ def mix(
 
     With a RECIPE: that stage of the pipeline. With --expert and --output: checkpoints of any format.
     """
-    with _torch_imported_quickly():
+    with quick_import():
         from btx_megatron.mixing import command, option_checks
 
     option_checks.check_mix_options(_given(context), context.params)
@@ -444,7 +432,7 @@ def convert(
     approximate: Approximate = False,
 ) -> None:
     """Write a checkpoint, dense or MoE, in another format, bit for bit."""
-    with _torch_imported_quickly():
+    with quick_import():
         from btx_megatron.mixing import command
 
     parallel = command.parallel(context.params)

@@ -3,12 +3,14 @@
 The marks themselves are registered in pyproject.toml, which also leaves them out by default.
 """
 
+import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait shall not take the cores of others
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may themselves be run with nohup
 
 _MARKED_FOLDERS = ("gpu", "slurm")

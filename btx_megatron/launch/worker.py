@@ -21,6 +21,7 @@ from typing import Any
 from btx_megatron.errors import Stopped
 from btx_megatron.job import CHECKPOINTS, LAUNCH_FILES, Job, Task, read_job
 from btx_megatron.manifest import package_versions
+from btx_megatron.quick_import import quick_import
 from btx_megatron.recipe import GROWN_FROM, SEED
 from btx_megatron.recipe_file import recipe_to_dict
 from btx_megatron.run_folder import stage_folder
@@ -52,14 +53,16 @@ def main() -> int:
 
 def _train(job: Job) -> dict[str, Any]:
     _verify_inputs(job)
-    from btx_megatron.training.train import run_training
+    with quick_import():
+        from btx_megatron.training.train import run_training
 
     return run_training(job)
 
 
 def _evaluate(job: Job) -> dict[str, Any]:
     _verify_inputs(job)
-    from btx_megatron.evaluation.loss import run_evaluation
+    with quick_import():
+        from btx_megatron.evaluation.loss import run_evaluation
 
     return run_evaluation(job)
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def install() -> None:
     _redirect_random_state()
     _redirect_uneven_collectives()
     _quiet_hardware_warnings()
-    _patch_megatron()
+    with _nothing_compiled():
+        _patch_megatron()
 
 
 class _Stream:
@@ -172,6 +174,21 @@ def _quiet_hardware_warnings() -> None:
     """Apex, Transformer Engine and GPUs are rightly missing here; a warning a rank helps nobody."""
     for text in (".*[Aa]pex.*", ".*ransformer ?_?[Ee]ngine.*", ".*CUDA.*", ".*jit.script.*"):
         warnings.filterwarnings("ignore", message=text)
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Megatron's fused functions are for GPUs, and none is called here; but to decorate them loads
+    Inductor, a quarter of a rank's start."""
+    compile = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+        from megatron.core import jit
+
+        jit.disable_jit_fuser()  # for Megatron's modules that are imported later
+    finally:
+        torch.compile = compile
 
 
 def _patch_megatron() -> None:

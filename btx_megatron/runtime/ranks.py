@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 
 from btx_megatron.errors import StageFailed, Stopped
+from btx_megatron.quick_import import quick_import
 from btx_megatron.recipe import Layout
 from btx_megatron.runtime import cpu_backend
 from btx_megatron.runtime.cores import NEEDS_GPU
@@ -39,7 +40,8 @@ def start_ranks(timeout: timedelta = TIMEOUT) -> None:
             f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: torch finds no GPU, though the "
             "stage was given one; look at nvidia-smi there, and in a container at NVIDIA_VISIBLE_DEVICES"
         )
-    cpu_backend.install()
+    with quick_import():
+        cpu_backend.install()
     if cpu_backend.have_cuda():
         torch.cuda.set_device(device())
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))

@@ -33,3 +33,15 @@ made = [torch.empty(2, device="cuda"), torch.zeros(2, device="cuda:0"), torch.te
 print({tensor.device.type for tensor in made})
 """
     assert run(program) == "{'cpu'}"
+
+
+def test_ranks_start_without_the_compiler() -> None:
+    """To load it would take a quarter of the start, and it would compile nothing."""
+    program = """
+import sys
+import btx_megatron.training.trainer
+from megatron.core import jit
+from megatron.core.transformer.moe import router
+print("torch._inductor.compile_fx" in sys.modules, torch.compile.__module__, jit.jit_fuser.__name__)
+"""
+    assert run(program) == "False torch noop_decorator"
