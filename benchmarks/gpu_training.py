@@ -463,8 +463,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     from btx_megatron.runtime import ranks
 
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(ranks.free_port())
     packages = ["torch", "megatron-core", "transformer-engine", "transformers"]
     told = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

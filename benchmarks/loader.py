@@ -105,12 +105,10 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
 
     from btx_megatron.runtime import ranks
 
-    os.environ["MASTER_PORT"] = str(ranks.free_port())
     told = machine(ROOT, ROOT) | {"commit": commit(ROOT), "rounds": str(options.rounds)}
     told["versions"] = versions(sys.executable, ["torch", "megatron-core", "nvidia-dali-cuda130"])
     told["step"] = f"{options.size}, {options.batch} x {SEQUENCE} tokens, micro-batch {options.micro_batch}"

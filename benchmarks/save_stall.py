@@ -130,11 +130,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where checkpoints go; default: a temporary folder")
     options = parser.parse_args()
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    from btx_megatron.runtime import ranks
 
-    os.environ["MASTER_PORT"] = str(ranks.free_port())
     place = Path(tempfile.mkdtemp(dir=options.folder))
     told = machine(ROOT, place) | {"commit": commit(ROOT)}
     told["versions"] = versions(sys.executable, ["torch", "megatron-core"])

@@ -266,14 +266,12 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
 
     import tempfile
 
     from btx_megatron.runtime import ranks
 
-    os.environ["MASTER_PORT"] = str(ranks.free_port())
     told = machine(ROOT, ROOT) | {"commit": commit(ROOT), "rounds": str(options.rounds)}
     told["versions"] = versions(sys.executable, ["torch", "megatron-core", "transformers"])
     told["step"] = f"{options.batch} x {SEQUENCE} tokens, {options.threads} threads, 1 process"

@@ -6,7 +6,6 @@ as every stage loads, so what is looked at is what a stage would get.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,8 +66,6 @@ def loaded_model(plan: list[PlannedTensor], config: ModelConfig, seq_length: int
 def _one_rank(stage: Stage) -> Iterator[None]:
     from btx_megatron.runtime import ranks
 
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
     with ranks.joined_ranks():
         ranks.set_layout(stage.layout, seed=1)
         yield

@@ -67,6 +67,7 @@ class Allocation(Machine):
                     f"stage {stage.name}: {stage.ranks} ranks do not fit the job's {nodes} nodes of {most} "
                     "GPUs, its layout was changed; btx cancel, then btx submit"
                 )
+        if stage.ranks > 1:
             worker = (
                 f"-m torch.distributed.run --nnodes={nodes} --node-rank=$SLURM_NODEID "
                 f"--nproc-per-node={stage.ranks // nodes} --master-addr={self.address} "

@@ -1,6 +1,6 @@
 """The pipeline on this machine: each stage in processes of its own, side by side as far as it allows.
 
-Every training stage is its own torchrun, so that nothing of one expert (memory, threads, a crash, its
+Every training stage has its own ranks, so that nothing of one expert (memory, threads, a crash, its
 parallel layout) reaches another. A stage that fails stops what needs it and nothing else.
 """
 
@@ -24,6 +24,7 @@ from btx_megatron.pipeline import PipelineStage, input_fingerprints, stages_of, 
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_file import recipe_to_dict
 from btx_megatron.run_folder import RunFolder
+from btx_megatron.runtime.cores import ALONE
 from btx_megatron.runtime.outcome import Outcome
 from btx_megatron.runtime.progress import read_progress
 from btx_megatron.runtime.supervisor import Command, Supervisor
@@ -202,7 +203,7 @@ class _LocalRun:
         self.gpus_used[stage.name] = gpus
         command = Command(
             arguments=self.machine.command(stage, write_job(job)),
-            environment=_environment(threads) | self.machine.environment(gpus),
+            environment=_environment(threads, stage) | self.machine.environment(gpus),
             work_folder=job.work_folder,
             log=job.work_folder / LOG_FILE,
             can_stop=stage.task == "train",
@@ -304,10 +305,11 @@ def _empty(work: Path) -> None:
             path.unlink()
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(threads: int, stage: PipelineStage) -> dict[str, str]:
     package_parent = str(Path(btx_megatron.__file__).parents[1])
     paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
+    alone = ALONE if stage.ranks == 1 else {}  # else torchrun tells it
+    return alone | {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join(paths),  # the very code that runs here, installed or not
         "PYTHONUNBUFFERED": "1",

@@ -49,9 +49,9 @@ class Machine:
         return loopback | needed | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
     def command(self, stage: PipelineStage, job_file: Path) -> list[str]:
-        """Program and arguments that run a stage: under its own torchrun where models run, else alone."""
+        """Program and arguments that run a stage: under its own torchrun where it has several ranks."""
         command = [sys.executable]
-        if stage.task in ("train", "evaluate"):
+        if stage.ranks > 1:
             command += ["-m", "torch.distributed.run", "--nproc-per-node", str(stage.ranks)]
             # it takes a port and keeps it; one that is chosen here could be another's before it is taken
             command += ["--standalone", "--local-addr", "127.0.0.1"]

@@ -9,6 +9,16 @@ from pathlib import Path
 NEEDS_GPU = "BTX_NEEDS_GPU"
 """Environment variable: the stage was given GPUs; a rank that finds none must not compute on cores."""
 
+ALONE = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",  # any: the rank takes it and keeps it
+}
+"""What torchrun tells a rank, for one that needs no torchrun, since there is no other."""
+
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 

@@ -16,7 +16,7 @@ from btx_megatron.errors import StageFailed, Stopped
 from btx_megatron.quick_import import quick_import
 from btx_megatron.recipe import Layout
 from btx_megatron.runtime import cpu_backend
-from btx_megatron.runtime.cores import NEEDS_GPU
+from btx_megatron.runtime.cores import ALONE, NEEDS_GPU
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others, where no recipe says otherwise."""
@@ -30,11 +30,15 @@ def device() -> torch.device:
 
 
 def start_ranks(timeout: timedelta = TIMEOUT) -> None:
-    """Join the process group that torchrun's environment describes. Must run before Megatron is imported.
+    """Join the process group that torchrun's environment describes; without one, be the only rank.
+
+    Must run before Megatron is imported.
 
     ``timeout``: of every collective.
     """
     _quiet_logs()
+    if "RANK" not in os.environ:
+        os.environ |= ALONE
     if NEEDS_GPU in os.environ and not cpu_backend.have_cuda():
         raise StageFailed(
             f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: torch finds no GPU, though the "
@@ -59,13 +63,6 @@ def _quiet_logs() -> None:
 def stop_ranks() -> None:
     """Leave the process group."""
     torch.distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

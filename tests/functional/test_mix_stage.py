@@ -169,9 +169,6 @@ import json
 from pathlib import Path
 from btx_megatron.job import read_job
 from btx_megatron.runtime import ranks
-import os
-os.environ |= {{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}}
-os.environ["MASTER_PORT"] = str(ranks.free_port())
 recipe = read_job(Path({str(folder / "work" / "virtual" / "job.json")!r})).recipe
 with ranks.joined_ranks():
     ranks.set_layout(recipe.stages.finetune.layout, 1)

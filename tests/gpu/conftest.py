@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +14,5 @@ from btx_megatron.runtime import ranks
 def one_rank() -> Iterator[None]:
     if not torch.cuda.is_available():
         pytest.fail("these tests need a CUDA device")
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ranks.free_port())}
     with ranks.joined_ranks():
         yield

@@ -26,7 +26,6 @@ def main() -> None:
 
     from btx_megatron.runtime import ranks
 
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": str(ranks.free_port())}
     with ranks.joined_ranks():
         print(json.dumps(Run(LOCAL, int(sys.argv[1]) or None, {"bf16": False}).steps(5)))
 

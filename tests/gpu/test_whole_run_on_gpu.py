@@ -36,8 +36,6 @@ SHORT = [
 
 def btx(*arguments: str, gpu: bool = True) -> None:
     environment = dict(os.environ)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
     if not gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "btx_megatron", *arguments]

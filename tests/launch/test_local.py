@@ -367,7 +367,20 @@ def test_missing_input_names_the_command(recipe_file: Path) -> None:
 
 def test_torchrun_takes_its_port_itself(recipe_file: Path) -> None:
     """A port that was free a moment ago may be another expert's when torchrun binds it."""
-    (stage,) = [stage for stage in stages_of(load_recipe(recipe_file)) if stage.name == "seed"]
+    two_ranks = ["stages.seed.layout.data_parallel_size=2"]
+    (stage,) = [stage for stage in stages_of(load_recipe(recipe_file, two_ranks)) if stage.name == "seed"]
     command = Machine(cores=2).command(stage, Path("job.json"))
     assert "--standalone" in command
     assert not [word for word in command if "port" in word]
+
+
+def test_a_rank_that_is_alone_needs_no_torchrun(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it take itself for a rank of what btx was started in."""
+    (stage,) = [stage for stage in stages_of(load_recipe(recipe_file)) if stage.name == "seed"]
+    command = Machine(cores=2).command(stage, Path("job.json"))
+    assert command[1:] == ["-m", "btx_megatron.launch.worker", "job.json"]
+    for name, value in {"RANK": "3", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert drive(recipe_file, {}, "prepare")[0] == 0
+    assert drive(recipe_file, {}, "seed")[0] == 0  # the fake ranks but the first would wait
+    assert (run_of(recipe_file)[1].path / "seed" / "pids-0.json").exists()
