@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ def install() -> None:
     _redirect_tensor_types()
     _redirect_random_state()
     _redirect_uneven_collectives()
+    _share_gloo_device()
     _quiet_hardware_warnings()
     with _nothing_compiled():
         _patch_megatron()
@@ -168,6 +170,25 @@ def _with_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     padded = tensor.new_zeros(rows, *tensor.shape[1:])
     padded[: len(tensor)] = tensor.detach()
     return padded
+
+
+def _share_gloo_device() -> None:
+    """Each gloo device has a thread that wakes a hundred times a second, and each of Megatron's dozens of
+    groups would have a device of its own."""
+    from torch.distributed import distributed_c10d
+
+    original: Any = distributed_c10d.ProcessGroupGloo
+    device = None
+
+    class OnOneDevice(original):  # type: ignore[misc]
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+            nonlocal device
+            device = device or original.create_default_device()
+            options = original._Options()
+            options._devices, options._timeout = [device], timeout
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = OnOneDevice  # type: ignore[misc]
 
 
 def _quiet_hardware_warnings() -> None:

@@ -45,3 +45,20 @@ from megatron.core.transformer.moe import router
 print("torch._inductor.compile_fx" in sys.modules, torch.compile.__module__, jit.jit_fuser.__name__)
 """
     assert run(program) == "False torch noop_decorator"
+
+
+def test_groups_share_one_thread_that_polls() -> None:
+    """They would have one each; what they compute is the same."""
+    program = """
+import os
+from btx_megatron.runtime import ranks
+with ranks.joined_ranks():
+    groups = [torch.distributed.new_group([0]) for _ in range(8)]
+    before = len(os.listdir("/proc/self/task"))
+    more = [torch.distributed.new_group([0]) for _ in range(8)]
+    ones = torch.ones(3)
+    for group in groups + more:
+        torch.distributed.all_reduce(ones, group=group)
+    print(len(os.listdir("/proc/self/task")) - before, ones.tolist())  # two threads a group wait for work
+"""
+    assert run(program) == "16 [1.0, 1.0, 1.0]"
