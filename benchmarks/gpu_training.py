@@ -31,217 +31,27 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+from gpu_contestants import (
+    BASE,
+    CASES,
+    CONTESTANTS,
+    TINY,
+    WARM_UP,
+    Case,
+    Contestant,
+    build,
+    recipe_of,
+    samples,
+)
 from measure import commit, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PEAK_TFLOPS = 989.0
-WARM_UP = 3
-BASE = "te"
-FP8 = {
-    "te-delayed": {"fp8": "hybrid", "fp8_recipe": "delayed"},
-    "te-tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
-    "te-blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
-}
-CONTESTANTS = ["local", *FP8, "transformers"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model. ``experts`` 0: dense; a token takes two of them."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    groups: int
-    experts: int = 0
-    vocabulary: int = 32_000
-    sequence: int = 4096
-    lr: float = 3e-4
-
-
-CASES = {
-    "dense-1b": Case(16, 2048, 8192, 32, 8),  # Llama 3.2 1B with a smaller vocabulary
-    "dense-7b-layers": Case(6, 4096, 11_008, 32, 32),  # Llama 2 7B, 6 of 32 layers
-    "moe-4": Case(2, 4096, 11_008, 32, 32, experts=4),  # BTX of four Llama 2 7B, 2 of 32 layers
-    "moe-8": Case(3, 2048, 8192, 32, 8, experts=8),
-}
-TINY = {
-    "dense-tiny": Case(2, 64, 128, 4, 2, vocabulary=256, sequence=64, lr=3e-3),
-    "moe-tiny": Case(2, 64, 128, 4, 2, experts=4, vocabulary=256, sequence=64, lr=3e-3),
-}
-
-
-@dataclass
-class Contestant:
-    """One that takes steps, and what it holds."""
-
-    step: Callable[[list[Any]], float]
-    """Takes micro-batches of tokens [1, S + 1], returns the mean loss."""
-    owner: Any
-
-
-def recipe_of(case: Case, name: str, micro_batches: int) -> Any:
-    from btx_megatron.recipe import Launch, Model, Moe, Recipe, Stage, Training
-
-    training = Training(
-        train_iters=10_000,
-        global_batch_size=micro_batches,
-        lr=case.lr,
-        lr_warmup_iters=WARM_UP,
-        bf16=True,
-        **FP8.get(name, {}),  # type: ignore[arg-type]
-    )
-    recipe = Recipe(
-        model=Model(
-            num_layers=case.layers,
-            hidden_size=case.hidden,
-            ffn_hidden_size=case.ffn,
-            num_attention_heads=case.heads,
-            num_query_groups=case.groups,
-            seq_length=case.sequence,
-        ),
-        training=training,
-        moe=Moe(moe_aux_loss_coeff=0.01),
-        launch=Launch(transformer_impl="local" if name == "local" else "transformer_engine"),
-    )
-    recipe.stages.seed = Stage(training=training)
-    return recipe
-
-
-def ours(case: Case, name: str, micro_batches: int, tiny: bool) -> Contestant:
-    import torch
-
-    from btx_megatron.runtime.ranks import device
-    from btx_megatron.training.trainer import Trainer
-
-    recipe = recipe_of(case, name, micro_batches)
-    if tiny:
-        recipe.launch.transformer_impl = None
-    # a billion weights from the CPU's generator would take longer than the steps; the GPU's follow below
-    with mock.patch("torch.nn.init.normal_", lambda tensor, *_, **__: tensor):
-        trainer = Trainer(
-            recipe,
-            recipe.stages.seed,
-            padded_vocab_size=case.vocabulary,
-            num_experts=case.experts or None,
-        )
-    generator = torch.Generator(device()).manual_seed(1)
-    with torch.no_grad():
-        for chunk in trainer.model:
-            for parameter in chunk.parameters():
-                if parameter.dim() > 1:
-                    parameter.normal_(0.0, 0.02, generator=generator)
-    trainer.optimizer.reload_model_params()
-
-    def step(tokens: list[Any]) -> float:
-        return trainer.step(iter([micro_batch(sample) for sample in tokens])).lm_loss
-
-    return Contestant(step, trainer)
-
-
-def micro_batch(tokens: Any) -> dict[str, Any]:
-    import torch
-
-    inputs = tokens[:, :-1].contiguous()
-    return {
-        "tokens": inputs,
-        "labels": tokens[:, 1:].contiguous(),
-        "loss_mask": torch.ones(inputs.shape, device=inputs.device),
-        "position_ids": torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs),
-        "sample_index": torch.arange(len(inputs)),
-        "step": 1,
-    }
-
-
-def transformers_model(case: Case) -> Contestant:
-    """Weights of its own: what is compared is time, and that its loss falls."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
-
-    from btx_megatron.runtime.ranks import device
-
-    shape: dict[str, Any] = {
-        "vocab_size": case.vocabulary,
-        "hidden_size": case.hidden,
-        "intermediate_size": case.ffn,
-        "num_hidden_layers": case.layers,
-        "num_attention_heads": case.heads,
-        "num_key_value_heads": case.groups,
-        "max_position_embeddings": case.sequence,
-        "attn_implementation": "sdpa",
-    }
-    with torch.device(device()):
-        model: Any = (
-            MixtralForCausalLM(
-                MixtralConfig(
-                    **shape,
-                    num_local_experts=case.experts,
-                    num_experts_per_tok=2,
-                    output_router_logits=True,
-                    sliding_window=None,
-                )
-            )
-            if case.experts
-            else LlamaForCausalLM(LlamaConfig(**shape))
-        )
-    model = model.to(torch.bfloat16).train()
-    parameters = list(model.parameters())
-    masters = [parameter.detach().float().requires_grad_() for parameter in parameters]
-    groups = [
-        {"params": [p for p in masters if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in masters if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=case.lr, betas=(0.9, 0.95), eps=1e-5, fused=True)
-
-    def step(tokens: list[Any]) -> float:
-        total = torch.zeros((), device=device())
-        for master in masters:
-            master.grad = torch.zeros_like(master) if master.grad is None else master.grad.zero_()
-        for sample in tokens:
-            output = model(sample[:, :-1], use_cache=False)
-            logits = output.logits.float()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), sample[:, 1:].flatten())
-            balancing = 0.01 * output.aux_loss if case.experts else 0.0
-            ((loss + balancing) / len(tokens)).backward()
-            torch._foreach_add_([master.grad for master in masters], [p.grad.float() for p in parameters])
-            for parameter in parameters:
-                parameter.grad = None
-            total += loss.detach() / len(tokens)
-        torch.nn.utils.clip_grad_norm_(masters, 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, masters)
-        return total.item()
-
-    return Contestant(step, model)
-
-
-def build(case: Case, name: str, micro_batches: int, tiny: bool) -> Contestant:
-    if name == "transformers":
-        return transformers_model(case)
-    return ours(case, name, micro_batches, tiny)
-
-
-def samples(case: Case, micro_batches: int) -> Iterator[list[Any]]:
-    """Tokens with something to learn (an eighth of the vocabulary: few of them would load few experts)."""
-    import torch
-
-    from btx_megatron.runtime.ranks import device
-
-    generator = torch.Generator().manual_seed(1)
-    while True:
-        tokens = torch.randint(
-            0, case.vocabulary // 8, (micro_batches, 1, case.sequence + 1), generator=generator
-        )
-        yield list(tokens.to(device()))
 
 
 def synchronize() -> None:
@@ -275,8 +85,7 @@ def duel(case: Case, pair: dict[str, Contestant], rounds: int, micro_batches: in
     base, rival = pair
     for name, rise in ((base, 0.1), (rival, 0.0)):  # the base has learnt in the duels before
         losses = result[name]["losses"]
-        if not losses[-1] < losses[0] + rise:
-            raise AssertionError(f"{name} does not learn: losses {losses}")
+        result[name]["learns"] = losses[-1] < losses[0] + rise
     return result
 
 
@@ -358,11 +167,16 @@ def held_memory() -> float:
     return torch.cuda.memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
 
 
-def measure_case(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """Everyone beside the base; what fails (a recipe that the GPU has not, too little memory) is told."""
+def measure_case(
+    name: str, case: Case, options: argparse.Namespace, result: dict[str, Any], tell: Callable[[], None]
+) -> None:
+    """Everyone beside the base; what fails (a recipe that the GPU has not, too little memory) is told.
+
+    ``result`` is filled, and ``tell`` called after each duel: the minutes may end.
+    """
     base_name = "local" if options.tiny else BASE
     base = build(case, base_name, options.micro_batches, options.tiny)
-    result: dict[str, Any] = {"flops": flops_of_a_step(case, options.micro_batches), "duels": {}}
+    result |= {"flops": flops_of_a_step(case, options.micro_batches), "duels": {}}
     tokens = next(samples(case, options.micro_batches))
     for _ in range(WARM_UP):
         timed(base, tokens)
@@ -389,15 +203,20 @@ def measure_case(name: str, case: Case, options: argparse.Namespace) -> dict[str
             result["duels"][rival_name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
         del rival
         forget()
+        tell()
         print(f"{name}: {rival_name} done", file=sys.stderr, flush=True)
     del base
     forget()
-    return result
 
 
 def forget() -> None:
+    """Let go of what nobody holds; Transformer Engine would go on with the scales of a model that is gone."""
     import torch
 
+    if find_spec("transformer_engine"):
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -423,8 +242,9 @@ def rows(result: dict[str, Any], case: Case, micro_batches: int, product: float)
             low, _, high = statistics.quantiles(ratio, n=4)
             beside = "1" if name == base else f"{statistics.median(ratio):.2f} ({low:.2f}-{high:.2f})"
             memory = result["memory"].get(name, math.nan)
+            mark = "" if told[name]["learns"] else " (does not learn)"
             found.append(
-                f"| {name} | {1000 * seconds:.1f} | {tokens:,.0f} | {tflops:.0f} | "
+                f"| {name}{mark} | {1000 * seconds:.1f} | {tokens:,.0f} | {tflops:.0f} | "
                 f"{100 * tflops / PEAK_TFLOPS:.1f} | {100 * tflops / product:.1f} | {memory:.1f} | {beside} |"
             )
     return found
@@ -480,8 +300,9 @@ def main(arguments: list[str] | None = None) -> int:
             ranks.set_layout(Layout(), seed=1)
             case = (CASES | TINY)[name]
             product = matrix_product_tflops(256 if options.tiny else 8192)
-            result = measure_case(name, case, options) | {"matrix_product_tflops": product}
+            result: dict[str, Any] = {"matrix_product_tflops": product}
             report["cases"][name] = result
+            measure_case(name, case, options, result, lambda: write(report, options.json))
             print(f"\n{name}: {case}; a bf16 matrix product: {product:.0f} TFLOP/s\n")
             print("| | ms a step | tokens/s | TFLOP/s | MFU % of 989 | % of the product | GB | x te |")
             print("|---|---|---|---|---|---|---|---|")
@@ -489,9 +310,14 @@ def main(arguments: list[str] | None = None) -> int:
             for one, its in result.get("profile", {}).items():
                 share = sorted(its["kinds"].items(), key=lambda kind: -kind[1])
                 print(f"\n{one}, ms: " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in share), flush=True)
-            if options.json:  # after each case: the minutes may end
-                options.json.write_text(json.dumps(report, indent=1) + "\n")
+    write(report, options.json)
     return 0
+
+
+def write(report: dict[str, Any], path: Path | None) -> None:
+    """So far."""
+    if path:
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,11 @@ def gpu_problems(key: str, stage: Stage, recipe: Recipe, is_moe: bool) -> Iterat
             f"{key}.training.cuda_graph_impl {training.cuda_graph_impl}: a graph cannot hold layers that are "
             "recomputed in full; set layout.recompute_granularity to selective or null"
         )
+    if training.cuda_graph_impl != "none" and is_moe:
+        yield (
+            f"{key}.training.cuda_graph_impl {training.cuda_graph_impl}: a graph cannot hold a mixture: its "
+            "experts get another number of tokens in every step; set it for dense stages alone"
+        )
     yield from at_least(f"{key}.training", training, 1, ("fp8_amax_history_len",))
     if training.fp8 is None:
         yield from _needless_problems(f"{key}.training", training)

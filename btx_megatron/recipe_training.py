@@ -63,8 +63,8 @@ class Training:
     num_layers_at_end_in_bf16: int = 0
     """The last so many layers compute in bfloat16; not with ``delayed``."""
     cuda_graph_impl: Literal["none", "local"] = "none"
-    """local: Megatron captures the layers (of a MoE: their attention) as CUDA graphs, which saves the CPU the
-    launches of small models. Needs a GPU and Transformer Engine; no full recomputation."""
+    """local: Megatron captures the layers of a dense stage as CUDA graphs, which saves the CPU the launches
+    of small models. Needs a GPU and Transformer Engine; no full recomputation."""
     seed: int = 1234
     """Random seed of initialisation, data order and dropout."""
     save_interval: int = 100

@@ -178,6 +178,7 @@ def test_the_gpu_benchmark_runs_where_there_is_none(tmp_path: Path) -> None:
     for case in cases.values():
         (duel,) = case["duels"].values()
         assert {name: len(told["seconds"]) for name, told in duel.items()} == {"local": 3, "transformers": 3}
+        assert all(told["learns"] for told in duel.values())
     # 3 x (projections, half the square of scores, feed-forward, router, logits) by hand, 4 x 64 tokens
     width = {"dense-tiny": 128, "moe-tiny": 2 * 128}
     for name, case in cases.items():

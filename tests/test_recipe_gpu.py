@@ -35,6 +35,9 @@ def recipe_of(finetune: dict[str, Any], **values: Any) -> Recipe:
     return recipe
 
 
+GRAPHS = {"train_iters": 20, "lr_warmup_iters": 2, "bf16": True, "cuda_graph_impl": "local"}
+
+
 def training(**values: Any) -> dict[str, Any]:
     return {"training": {"fp8": "hybrid"} | values}
 
@@ -104,6 +107,7 @@ def test_fp8_for_one_stage() -> None:
             {},
             "a graph cannot hold layers that are recomputed in full",
         ),
+        ({"training": {"cuda_graph_impl": "local"}}, {}, "a graph cannot hold a mixture"),
         (
             {},
             {"moe": {"moe_grouped_gemm": True}, "launch": {"device": "cpu"}},
@@ -128,8 +132,8 @@ def test_refusals(finetune: dict[str, Any], values: dict[str, Any], message: str
     [
         ({"finetune": training()}, "stage finetune: training.fp8 hybrid (compute capability 8.9"),
         (
-            {"finetune": {"training": {"cuda_graph_impl": "local"}}},
-            "stage finetune: training.cuda_graph_impl local",
+            {"finetune": {}, "method": "dense", "training": GRAPHS},
+            "stage seed: training.cuda_graph_impl local",
         ),
         (
             {

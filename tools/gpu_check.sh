@@ -6,7 +6,7 @@
 # BUNDLE holds wheels (pip installs them without asking an index), and where Transformer Engine had to be taken
 # apart to travel: te_py.tar.xz (its Python tree) and libtransformer_engine.so.xz (its core library). They go
 # into a folder of their own, and nothing that is installed is changed. Without BUNDLE what is installed is
-# used. PYTHON names the interpreter (python3); SECONDS_FOR_TESTS how long the tests may take (260).
+# used. PYTHON names the interpreter (python3); SECONDS_FOR_TESTS how long the tests may take (200).
 # OUT (gpu-check) gets: versions.txt, tests.log, tests.xml, benchmark.log, benchmark.json. The exit code is not
 # 0 if a part failed; the other one is run all the same.
 set -uo pipefail
@@ -79,13 +79,19 @@ command -v cc >/dev/null || command -v gcc >/dev/null || export TORCHDYNAMO_DISA
 
 wanted=${*:-tests benchmark}
 if [[ $wanted == *tests* ]]; then
-    timeout "${SECONDS_FOR_TESTS:-260}" "$python" -m pytest -v -m gpu tests/gpu -p no:cacheprovider \
-        --junitxml="$out/tests.xml" --durations=15 >"$out/tests.log" 2>&1 || failed=1
-    tail -n 60 "$out/tests.log"
+    # the models are tiny: several processes share the GPU, and an error that ends one's CUDA ends no other's
+    side_by_side=()
+    "$python" -c 'import xdist' 2>/dev/null && side_by_side=(-n 6 --dist worksteal)
+    # INT, not TERM: what has failed by then is still told
+    timeout -s INT -k 20 "${SECONDS_FOR_TESTS:-200}" "$python" -m pytest -v -m gpu tests/gpu -p no:cacheprovider \
+        "${side_by_side[@]}" --tb=short --junitxml="$out/tests.xml" --durations=15 >"$out/tests.log" 2>&1 || failed=1
+    tail -n 80 "$out/tests.log"
+    nvidia-smi --query-compute-apps=pid,used_memory --format=csv,noheader || true # nobody, or the times mean nothing
     echo "== tests: $SECONDS s"
 fi
 if [[ $wanted == *benchmark* ]]; then
-    timeout $((limit - SECONDS)) "$python" benchmarks/gpu_training.py --json "$out/benchmark.json" \
+    left=$((limit - SECONDS > 60 ? limit - SECONDS : 60))
+    timeout -s INT -k 10 "$left" "$python" benchmarks/gpu_training.py --json "$out/benchmark.json" \
         >"$out/benchmark.log" 2>&1 || failed=1
     tail -n 80 "$out/benchmark.log"
     echo "== benchmark: $SECONDS s"

@@ -59,7 +59,8 @@ def transformer_config(recipe: Recipe, stage: Stage, num_experts: int | None) ->
         bf16=training.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        use_cpu_initialization=True,
+        # the same weights wherever they are drawn; but weights in FP8 are made where they lie
+        use_cpu_initialization=not training.fp8_param_gather,
         calculate_per_token_loss=True,
         **_parallelism(stage.layout, moe=num_experts is not None),
         **_pipeline(stage.layout, model.num_layers),
@@ -68,7 +69,8 @@ def transformer_config(recipe: Recipe, stage: Stage, num_experts: int | None) ->
         moe_ffn_hidden_size=None if num_experts is None else recipe.expert_ffn_hidden_size,
         **(_TRANSFORMER_ENGINE if impl == TRANSFORMER_ENGINE else _LOCAL),
         **_fp8(recipe, training, num_experts),
-        **_cuda_graphs(training, num_experts),
+        cuda_graph_impl=training.cuda_graph_impl,
+        cuda_graph_modules=[],  # layers as a whole
     )
 
 
@@ -161,14 +163,4 @@ def _fp8(recipe: Recipe, training: Training, num_experts: int | None) -> dict[st
         "num_layers_at_start_in_bf16": start,
         "num_layers_at_end_in_bf16": end,
         "moe_router_padding_for_quantization": padded,
-    }
-
-
-def _cuda_graphs(training: Training, num_experts: int | None) -> dict[str, Any]:
-    if training.cuda_graph_impl == "none":
-        return {}
-    # how many tokens an expert gets is known on the CPU alone: a MoE's feed-forward cannot be captured
-    return {
-        "cuda_graph_impl": training.cuda_graph_impl,
-        "cuda_graph_modules": [] if num_experts is None else ["attn"],
     }

@@ -109,7 +109,8 @@ class Router(TopKRouter):
         learning = self.training and torch.is_grad_enabled()
         if self.moe.moe_router_load_balancing_type == "btx" and self.balancing_coeff > 0 and learning:
             gates_TE = self._attach_balancing(gates_TE, logits.view(-1, self.num_experts))
-        return gates_TE, routes_TE
+        # the padding for FP8 writes into what it is given, which the gates' backward pass may need
+        return gates_TE, routes_TE.clone()
 
     def _context(self) -> BatchContext:
         """The micro-batch at hand.

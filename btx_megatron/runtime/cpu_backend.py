@@ -47,6 +47,7 @@ def install() -> None:
     _redirect_uneven_collectives()
     _share_gloo_device()
     _quiet_hardware_warnings()
+    _leave_out_transformer_engine()
     with _nothing_compiled():
         _patch_megatron()
 
@@ -195,6 +196,12 @@ def _quiet_hardware_warnings() -> None:
     """Apex, Transformer Engine and GPUs are rightly missing here; a warning a rank helps nobody."""
     for text in (".*[Aa]pex.*", ".*ransformer ?_?[Ee]ngine.*", ".*CUDA.*", ".*jit.script.*"):
         warnings.filterwarnings("ignore", message=text)
+
+
+def _leave_out_transformer_engine() -> None:
+    """Where it is installed Megatron takes its optimizer, norms of gradients and routers' product for both
+    builds, and these compute on a GPU alone."""
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from btx_megatron.recipe import Layout
 from btx_megatron.training.adaptive import AdaptiveBalancing
 from btx_megatron.training.loss_watch import Skips
 from btx_megatron.training.optimizer import ready_for_loading, unshare_steps
+from btx_megatron.training.scales import EXTRA_STATE, scales_allowed
 
 
 @dataclass
@@ -91,7 +92,8 @@ def _resume(path: Path, state: TrainingState) -> None:
     if not _drawing_alike(common["layout"], asdict(state.layout)):
         del wanted["rng_state"]
     loaded = dist_checkpointing.load(wanted, str(path))
-    _take_weights(state.model, loaded["model"], strict=scales)
+    with scales_allowed(loaded["model"]):
+        _take_weights(state.model, loaded["model"], strict=scales)
     state.optimizer.load_state_dict(loaded["optimizer"])
     unshare_steps(state.optimizer)
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -165,7 +167,7 @@ def load_weights(folder: Path, model: Sequence[torch.nn.Module]) -> dict[str, An
 
 def _without_extra_state(model: dict[str, Any]) -> dict[str, Any]:
     return {
-        number: {key: value for key, value in chunk.items() if "_extra_state" not in key.rpartition(".")[2]}
+        number: {key: value for key, value in chunk.items() if EXTRA_STATE not in key.rpartition(".")[2]}
         for number, chunk in model.items()
     }
 

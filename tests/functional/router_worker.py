@@ -54,7 +54,7 @@ EQUATIONS = ("plain", "aux", "switch", "soft", "normalised", "z-loss", "sequence
 
 def equation(kind: str, folder: Path) -> dict[str, Any]:
     """Gates of a router for fixed logits, and the gradient of weighted gates and of its losses."""
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, pad_routing_map
 
     from btx_megatron.model.routers import batch_context, routers_of, take_balancing_loss
 
@@ -64,7 +64,8 @@ def equation(kind: str, folder: Path) -> dict[str, Any]:
     weights = torch.randn(12, EXPERTS, generator=generator)
     batch_context.loss_mask = None
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
-    gates, _ = router.routing(logits)
+    gates, routes = router.routing(logits)
+    pad_routing_map(routes, 4)  # as under FP8: it writes into them
     (gates * weights).sum().backward()
     assert logits.grad is not None
     take_balancing_loss()  # no step's
@@ -140,6 +141,7 @@ def main() -> None:
     if world == 1:
         result["dropping"] = dropped(folder)
         result["equations"] = {kind: equation(kind, folder) for kind in EQUATIONS}
+        equation("sample", folder)  # drawn: that there is a gradient, whatever becomes of the routes
         for name in ("kept", "full"):
             for kind in ("sample", "masked"):
                 result[f"{kind} recomputed {name}"] = Run(kind, RECOMPUTED[name], folder).steps(STEPS)

