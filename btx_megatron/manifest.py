@@ -115,9 +115,9 @@ def package_versions() -> dict[str, str]:
     from importlib import metadata  # slow to import, and reading a manifest does not need it
 
     versions = {"python": platform.python_version(), "btx_megatron": btx_megatron.__version__}
-    for key, package in (("torch", "torch"), ("megatron_core", "megatron-core")):
+    for package in ("torch", "megatron-core", "lm-eval"):
         try:
-            versions[key] = metadata.version(package)
+            versions[package.replace("-", "_")] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return versions

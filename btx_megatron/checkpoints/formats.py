@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -233,12 +234,16 @@ def _locked(lock: Path, output: Path) -> Iterator[None]:
 
 
 def _lock(lock: Path, output: Path) -> int:
+    deadline = time.monotonic() + 1  # whom a killed run was just starting may hold it a moment longer
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
             raise UserError(f"{output}: another btx is writing it; wait for it, or name another") from None
         except OSError:
             pass  # a file system without locks

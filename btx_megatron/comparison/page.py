@@ -74,7 +74,8 @@ def page_blocks(results: dict[str, Any], pictures: dict[str, str]) -> Iterator[B
     yield Text(
         "Nats a token, every held-out token counted once; `mean` is the plain mean over domains. Mean over "
         "the random seeds, +- their standard deviation. Tokens and FLOPs: of training beyond the seed, all "
-        "stages that the model needs. Bold: the best of a column."
+        "stages that the model needs. Bold: the best of a column. Least load: share of the routes that the "
+        "least used expert takes, 1 being an even one; of a layer: where it is least, by random seed."
     )
     yield losses_table(results, own=True)
     if any(row["variant"] is None for row in results["rows"].values()):
@@ -133,11 +134,28 @@ def losses_table(results: dict[str, Any], own: bool) -> Table:
             told = row["held_out_loss"][column]
             text = _with_deviation(told)
             cells.append(f"**{text}**" if told["mean"] == best[column] else text)
-        load = [_with_deviation(row[LEAST_LOAD], 2) if row[LEAST_LOAD] else ""] if own else []
+        load = []
+        if own:
+            load = [
+                _with_deviation(row[LEAST_LOAD], 2) if row[LEAST_LOAD] else "",
+                _least_of_a_layer(results, row),
+            ]
         parameters = f"{row['active_parameters']:,}" if row["active_parameters"] else ""
         lines.append([f"`{name}`", *cells, *load, f"{row['tokens']:,}", flops_text(row["flops"]), parameters])
-    load_head = ["least load"] if own else []
+    load_head = ["least load", "of a layer"] if own else []
     return Table(["model", *columns, *load_head, "tokens", "FLOPs", "active parameters"], lines)
+
+
+def _least_of_a_layer(results: dict[str, Any], row: dict[str, Any]) -> str:
+    """Load of the least used expert of the layer where it is least, over domains; under each random seed."""
+    if row[LEAST_LOAD] is None:
+        return ""
+    least = []
+    for routing in results["variants"][row["variant"]]["routing"]:
+        layers = zip(*routing["share"], strict=True)  # [domain][layer][expert]
+        means = [[sum(its) / len(its) for its in zip(*domains, strict=True)] for domains in layers]
+        least.append(min(len(layer) * min(layer) for layer in means))
+    return ", ".join(f"{value:.2f}" for value in least)
 
 
 def tasks_table(results: dict[str, Any]) -> Table:
@@ -158,8 +176,12 @@ def print_results(results: dict[str, Any]) -> None:
 
     console = Console()
     losses = losses_table(results, own=True)
-    shown = len(losses.head) - 1  # terminals are narrow, and active parameters are on the page
-    console.print(_for_terminal(Table(losses.head[:shown], [line[:shown] for line in losses.lines])))
+    # terminals are narrow, and the page has the rest
+    shown = [
+        number for number, head in enumerate(losses.head) if head not in ("of a layer", "active parameters")
+    ]
+    head, *lines = ([line[number] for number in shown] for line in (losses.head, *losses.lines))
+    console.print(_for_terminal(Table(head, lines)))
     if results["predictions"]:
         console.print(_for_terminal(predictions_table(results)))
 

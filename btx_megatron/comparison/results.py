@@ -77,25 +77,36 @@ def write_results(recipe: Recipe, of_seeds: list[dict[str, Any]], out: Path) -> 
 
 
 def keep(of_seed: dict[str, Any], out: Path) -> None:
-    """Write what ``gather`` tells of a random seed into the folder of the results."""
+    """Write what ``gather`` tells of a random seed into the folder of the results.
+
+    A file of other recipes that lies there, and may be all that is left of them, is moved aside.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    write_durably(_seed_file(out, of_seed["random_seed"]), json.dumps(of_seed) + "\n")
+    path = seed_file(out, of_seed["random_seed"])
+    if path.exists() and _read(path).get("recipes") != of_seed["recipes"]:
+        path.rename(path.with_suffix(".json.before"))
+    write_durably(path, json.dumps(of_seed) + "\n")
 
 
 def kept(variants: list[Variant], out: Path) -> dict[str, Any] | None:
     """What was kept of a random seed; None where nothing was, or of other recipes or in another order: names
     of rows depend on it."""
+    told = _read(seed_file(out, variants[0].random_seed))
+    fits = list(told.get("recipes", {}).items()) == list(_recipes(variants).items()) and told.get("text")
+    return told if fits else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Empty where there is no such file, or it is not what ``keep`` writes."""
     try:
-        told: dict[str, Any] = json.loads(
-            _seed_file(out, variants[0].random_seed).read_text(encoding="utf-8")
-        )
-        fits = list(told["recipes"].items()) == list(_recipes(variants).items()) and told["text"]
-        return told if fits else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return told if isinstance(told, dict) and isinstance(told.get("recipes"), dict) else {}
 
 
-def _seed_file(out: Path, random_seed: int) -> Path:
+def seed_file(out: Path, random_seed: int) -> Path:
+    """Where a random seed's results are kept."""
     return out / f"seed-{random_seed}.json"
 
 

@@ -12,6 +12,7 @@ from btx_megatron.comparison.results import (
     gather,
     keep,
     kept,
+    seed_file,
     write_results,
 )
 from btx_megatron.comparison.rows import measured_before
@@ -45,6 +46,8 @@ def run_comparison(path: Path, overrides: list[str], machine: Machine | None = N
         if told:
             print(f"== random seed {seed}: taken from {out / f'seed-{seed}.json'}", flush=True)
         else:
+            if seed_file(out, seed).exists() and not any(variant.run.path.exists() for variant in of_seed):
+                print(f"== random seed {seed}: {seed_file(out, seed)} is of other recipes, and not taken")
             mistakes = _run_all(of_seed, [*variants, *others], machine)
             failed += mistakes
             if mistakes:

@@ -69,8 +69,11 @@ def verdict(spread: Spread, expect: Literal["lower", "higher", "equal"], within:
     """What a difference (the first row's value minus the second's) says of a prediction.
 
     lower, higher: seen where the whole 95 % interval has that sign, not seen where it has the other. equal:
-    seen where the interval is inside +-``within``, not seen where it is outside. Else undecided.
+    seen where the interval is inside +-``within``, not seen where it is outside. Else undecided, and so where
+    all random seeds say exactly the same: they are no samples then.
     """
+    if len(spread.values) > 1 and len(set(spread.values)) == 1:
+        return "undecided"
     low, high = spread.mean - spread.half_width, spread.mean + spread.half_width
     if expect == "equal":
         if -within <= low and high <= within:

@@ -19,7 +19,8 @@ from btx_megatron.estimate import stage_tokens
 from btx_megatron.estimate_flops import stage_flops
 from btx_megatron.evaluation.rows import main_row, spent_on
 from btx_megatron.methods import main_stage
-from btx_megatron.recipe import Compare, Recipe
+from btx_megatron.recipe import MATCHED_STAGES, Compare, Recipe
+from btx_megatron.recipe_checks import check_recipe
 from btx_megatron.recipe_file import RECIPE_FILE, load_recipe
 from btx_megatron.recipe_mix import draws
 from btx_megatron.run_folder import RunFolder
@@ -84,6 +85,7 @@ def _of_seed(path: Path, overrides: list[str], base: Recipe, seed: int) -> Itera
         variant = Variant(name, seed, recipe)
         first = first or variant
         if base.compare.match:
+            _check_matchable(recipe, where)
             _match(recipe, first.recipe, base.compare.match, where)
         if variant.keys["prepare"] != first.keys["prepare"]:
             raise UserError(
@@ -112,6 +114,20 @@ def _set_random_seed(recipe: Recipe, seed: int) -> None:
         recipe.moe.moe_router_seed = seed
 
 
+def _check_matchable(recipe: Recipe, where: str) -> None:
+    """Raise UserError where budgets would be matched that are not all known, or not all set."""
+    if trained := [name for name in recipe.baselines if name in MATCHED_STAGES]:
+        raise UserError(
+            f"{where}: compare.match sets the steps of variants alone; leave {trained[0]} out of baselines, "
+            "and make a variant of it (method=...)"
+        )
+    if imported := [stage for stage in recipe.imported_stages if stage in recipe.expert_stages]:
+        raise UserError(
+            f"{where}: compare.match: what {imported[0]} took before it was imported is not known; "
+            "set compare.match: null"
+        )
+
+
 def _match(recipe: Recipe, first: Recipe, match: str, where: str) -> None:
     """Set the steps of the last stage so that all together take what the first variant takes."""
     last = main_stage(recipe)
@@ -129,3 +145,4 @@ def _match(recipe: Recipe, first: Recipe, match: str, where: str) -> None:
             f"altogether; train that longer, or set compare.match: null"
         )
     training.train_iters = steps
+    check_recipe(recipe, f"{where}: compare.match {match} gives {last} {steps} steps")

@@ -160,9 +160,17 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
     def _is_finished(self, answer: _Answer) -> bool:
         if len(answer.tokens) == answer.most or answer.tokens[-1] == self.eot_token_id:
             return True
-        text = self._tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        text = self._decoded(answer)
         return any(stop in text for stop in answer.stops if stop)
 
     def _text(self, answer: _Answer) -> str:
-        text = self._tokenizer.decode(answer.tokens, skip_special_tokens=True)
-        return str(postprocess_generated_text(text, answer.stops, think_end_token=None))
+        return str(postprocess_generated_text(self._decoded(answer), answer.stops, think_end_token=None))
+
+    def _decoded(self, answer: _Answer) -> str:
+        """Behind the prompt's last token: Llama's tokenizer drops a space where a text begins, and with it
+        programs would lose an indentation."""
+        before, whole = (
+            self._tokenizer.decode([*answer.prompt[-1:], *tokens], skip_special_tokens=True)
+            for tokens in ([], answer.tokens)
+        )
+        return whole[len(before) :]

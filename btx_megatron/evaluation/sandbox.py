@@ -2,9 +2,10 @@
 
 Each runs in a process of its own, in an empty folder, without this process's environment, and under limits:
 CPU and wall time, memory of a process, size of files, number of open files. Where the kernel lets a user
-make namespaces it has no network, may start few processes, and what it started ends with it. That keeps
-mistakes from doing harm, and is no prison: programs of a model that is not trusted belong in a container,
-with the whole evaluation.
+make namespaces it has no network, may write to its folder alone, start few processes (root: any number), and
+what it started ends with it. That keeps mistakes from doing harm, and is no prison: programs of a model that
+is not trusted belong in a container, with the whole evaluation. Where there are no namespaces, as in many
+containers, ``warn_where_open`` says so.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 SECONDS = 10.0
@@ -28,6 +30,19 @@ _LIMITS = {
     "NPROC": 64,
     "CORE": 0,
 }
+
+
+@cache
+def warn_where_open() -> None:
+    """Say on stderr, once, if programs will have this user's network and files."""
+    code = "import os; os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNS | os.CLONE_NEWNET | os.CLONE_NEWPID)"
+    tried = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, check=False)
+    if tried.returncode:
+        print(
+            "btx: the model's programs can reach the network and all files of this user, since no namespaces "
+            "may be made here; run them in a container that holds nothing else",
+            file=sys.stderr,
+        )
 
 
 def passes(program: str, seconds: float = SECONDS) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from btx_megatron.errors import UserError
-from btx_megatron.evaluation.sandbox import passes
+from btx_megatron.evaluation.sandbox import passes, warn_where_open
 from btx_megatron.recipe_tasks import TaskFile
 
 Document = dict[str, Any]
@@ -153,6 +153,7 @@ def make_task(
         config["generation_kwargs"] |= {"max_gen_toks": told.max_new_tokens}
     program = FORMATS[told.format].program
     if program:
+        warn_where_open()
 
         def judge(document: Document, results: list[str]) -> dict[str, float]:
             before_program()
@@ -174,6 +175,11 @@ def _read_task(told: TaskFile, execute_code: bool) -> tuple[dict[str, Any], dict
     if told.num_fewshot is not None or not told.fewshot_path:
         config["num_fewshot"] = told.num_fewshot or 0
     shots, there = config.setdefault("num_fewshot", 0), len(documents.get("train", []))
+    if there and not shots and told.num_fewshot is None:
+        raise UserError(
+            f"task '{told.name}': {told.format} shows no examples by itself; say num_fewshot, or leave the "
+            "few-shot file out"
+        )
     if shots > there:
         raise UserError(
             f"task '{told.name}': {shots} examples are to be shown, and there are {there}; give a few-shot "
@@ -209,8 +215,11 @@ def _config(name: str) -> dict[str, Any]:
     Loader.add_constructor("!function", lambda loader, node: str(node.value))
     path = Path(found.submodule_search_locations[0]) / "tasks" / f"{name}.yaml"
     config: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    for key in ("dataset_path", "dataset_name", "tag", "unsafe_code", "fewshot_config"):
+    for key in ("dataset_path", "dataset_name", "tag", "unsafe_code"):
         config.pop(key, None)
+    samples = config.pop("fewshot_config", None) or {}  # the benchmark's own examples: they come as a file
+    if "sampler" in samples:
+        config["fewshot_config"] = {"sampler": samples["sampler"]}
     if any("custom" in str(filters) for filters in config.get("filter_list", [])):
         del config["filter_list"]
     return config

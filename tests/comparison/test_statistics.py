@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -55,7 +56,7 @@ def test_one_random_seed_decides_nothing() -> None:
         ((1.0, -1.0, 0.1), "lower", 0, "undecided"),
         ((1.0, -1.0, 0.1), "equal", 0.5, "undecided"),
         ((0.0, 0.0, 0.0), "lower", 0, "undecided"),
-        ((0.0, 0.0, 0.0), "equal", 0.01, "seen"),
+        ((0.0, 0.001, -0.001), "equal", 0.01, "seen"),
     ],
 )
 def test_verdicts(numbers: tuple[float, ...], expect: str, within: float, told: str) -> None:
@@ -69,6 +70,14 @@ def test_a_prediction_and_its_opposite(numbers: list[float], within: float) -> N
     assert verdict(spread, "equal", within) == verdict(mirrored, "equal", within)
     if verdict(spread, "lower") == "seen":
         assert verdict(spread, "higher") == "not seen"
+
+
+@pytest.mark.parametrize("expect", ["lower", "higher", "equal"])
+def test_one_model_under_every_random_seed_decides_nothing(
+    expect: Literal["lower", "higher", "equal"],
+) -> None:
+    """Imported models are the same under all: nothing was drawn."""
+    assert verdict(Spread((-0.1, -0.1, -0.1)), expect, 0.2) == "undecided"
 
 
 def test_differences_are_within_each_random_seed() -> None:

@@ -70,6 +70,13 @@ def test_noise_of_the_router_has_the_random_seed_too(tmp_path: Path) -> None:
     assert expand(path, [])[0].recipe.moe.moe_router_seed == 9
 
 
+IMPORTED = (
+    "stages.seed.pretrained_checkpoint=",
+    "stages.experts.json.pretrained_checkpoint=",
+    "tokenizer.tokenizer_model=",
+)
+
+
 @pytest.mark.parametrize(
     ("compare", "message"),
     [
@@ -99,6 +106,30 @@ def test_noise_of_the_router_has_the_random_seed_too(tmp_path: Path) -> None:
             "compare.variants.b: compare.match tokens: what comes before finetune takes as much",
         ),
         ({"match": "time"}, "compare.match"),
+        (
+            {"variants": {"a": [], "b": ["baselines=[dense]"]}, "match": "tokens"},
+            "compare.variants.b: compare.match sets the steps of variants alone; leave dense out of",
+        ),
+        (
+            {
+                "variants": {"a": [f"{its}/somewhere" for its in IMPORTED]},
+                "match": "flops",
+            },
+            "compare.variants.a: compare.match: what expert:json took before it was imported is not known",
+        ),
+        (
+            {
+                "variants": {
+                    "a": [],
+                    "b": [
+                        "stages.finetune.training.lr_warmup_iters=40",
+                        "stages.finetune.training.train_iters=80",
+                    ],
+                },
+                "match": "tokens",
+            },
+            "compare.match tokens gives finetune 12 steps: .*lr_warmup_iters 40",
+        ),
         ({"variants": {"a": "method=dense"}}, r"key 'compare.variants.a': is 'method=dense', must be a list"),
         ({"predictions": [{"rows": ["btx"]}]}, r"compare.predictions\[0\].rows \['btx'\]: must be two"),
         ({"predictions": [{"rows": ["btx", "btx"]}]}, "must be two different rows"),

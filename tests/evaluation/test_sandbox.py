@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from btx_megatron.evaluation.sandbox import passes
         "assert 1 + 1 == 2",
         "import math\nprint(math.pi)",
         "def f():\n    return g()\n\ndef g():\n    return 1\n\nassert f() == 1",
-        "if __name__ == '__main__':\n    x = 1\nassert x",
+        "if __name__ == '__main__':\n    x = int(input())",
         "import os\nassert os.listdir('.') == []",
         "import os\nassert 'SECRET_OF_MINE' not in os.environ",
         "text = 'ü \\n ß'",
@@ -83,6 +84,26 @@ def test_what_it_started_ends_with_it(away: str) -> None:
     pytest.fail("a child of the program lives on")
 
 
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "import shutil\nshutil.rmtree({kept!r})",
+        "open({kept!r} + '/file', 'w').write('x')",
+        "import socket\nsocket.create_connection(('127.0.0.1', {port}))",
+    ],
+)
+def test_nothing_outside_its_folder_is_reached(harm: str, tmp_path: Path) -> None:
+    if not namespaces_are_allowed():
+        pytest.skip("no user namespaces here")
+    (tmp_path / "file").write_text("kept")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        program = harm.format(kept=str(tmp_path), port=server.getsockname()[1])
+        assert not passes(program)
+        assert not passes("import os\n" + program.replace("\n", "\nos.chdir('/')\n", 1))
+    assert (tmp_path / "file").read_text() == "kept"
+    assert passes("open('file', 'w').write('x')\nassert open('file').read() == 'x'")
+
+
 def test_a_child_that_leaves_does_not_keep_us() -> None:
     """With no program of its own it has all that is open here."""
     program = "import os, time\nif not os.fork():\n    os.setsid()\n    time.sleep(30)\n    os._exit(0)\n"
@@ -104,5 +125,5 @@ def command_lines() -> Iterator[str]:
 
 
 def namespaces_are_allowed() -> bool:
-    code = "import os; os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNET | os.CLONE_NEWPID)"
+    code = "import os; os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNS | os.CLONE_NEWNET | os.CLONE_NEWPID)"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

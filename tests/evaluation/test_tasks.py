@@ -63,6 +63,14 @@ PROMPTS = {
         "Answer these questions:\n\nQ: who read it?\nA:",
     ],
     "humaneval": ["def add(a, b):\n", "def less(a, b):\n"],
+    "mbpp": [
+        "You are an expert Python programmer, and here is your task: Add. "
+        "Your code should pass these tests:\n\n"
+        "assert add(0, 1) == 1\nassert add(1, 1) == 2\nassert add(2, 1) == 3\n[BEGIN]\n",
+        "You are an expert Python programmer, and here is your task: Double. "
+        "Your code should pass these tests:\n\n"
+        "assert double(0) == 0\nassert double(1) == 2\nassert double(2) == 4\n[BEGIN]\n",
+    ],
 }
 RIGHT = {
     "gsm8k": [" 2 and 3 are 5.\n#### 5", " #### 1001."],
@@ -123,9 +131,7 @@ def test_answers_are_judged_as_the_benchmark_does(kind: str, tmp_path: Path) -> 
         told = scores_of(parrot, task, execute_code=True)
         assert (told["value"], told["documents"], told["num_fewshot"]) == (score, 2, 0)
         assert told["all"][told["metric"]] == score
-    assert [context for context, _ in parrot.asked] == PROMPTS.get(
-        kind, [context for context, _ in parrot.asked]
-    )
+    assert [context for context, _ in parrot.asked] == PROMPTS[kind]
     assert all(generation["max_gen_toks"] == 17 for _, generation in parrot.asked)
     assert not any(generation["do_sample"] for _, generation in parrot.asked)
 
@@ -146,6 +152,50 @@ def test_mbpp_shows_examples_with_their_programs(tmp_path: Path) -> None:
     shown = "[BEGIN]\ndef add(a, b):\n    return a + b\n[DONE]"
     assert [shown in prompt for prompt, _ in parrot.asked] == [True, True]
     assert parrot.asked[1][0].endswith("assert double(2) == 4\n[BEGIN]\n")
+
+
+def test_mbpp_shows_its_examples_in_their_order(tmp_path: Path) -> None:
+    """To every question: the benchmark's sampler takes the first ones."""
+    examples = tmp_path / "examples.jsonl"
+    first = DOCUMENTS["mbpp"][0]
+    examples.write_text("\n".join(json.dumps(first | {"text": f"Example {n}."}) for n in range(3)))
+    parrot = Parrot(RIGHT["mbpp"])
+    scores_of(parrot, written(tmp_path, "mbpp", fewshot_path=str(examples), num_fewshot=3), True)
+    for prompt, _ in parrot.asked:
+        places = [prompt.index(f"Example {n}.") for n in range(3)]
+        assert places == sorted(places)
+
+
+def test_examples_that_nobody_would_see_are_refused(tmp_path: Path) -> None:
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text(json.dumps(DOCUMENTS["nq"][0]))
+    with pytest.raises(UserError, match="task 'nq': nq shows no examples by itself; say num_fewshot"):
+        make_task(written(tmp_path, "nq", fewshot_path=str(examples)), False)
+
+
+def test_answers_keep_the_space_that_a_tokenizer_drops(tmp_path: Path) -> None:
+    """Llama's puts one before a text and takes one away: of a program's four spaces three would come back."""
+    import sentencepiece
+
+    from btx_megatron.data.tokenizer import Tokenizer
+    from btx_megatron.evaluation.harness import ScoredModel, _Answer
+
+    text = tmp_path / "text"
+    text.write_text("def add(a, b):\n    return a + b\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "t"), vocab_size=300, byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = Tokenizer(tmp_path / "t.model")
+    prompt, wanted = "def add(a, b):\n", "    return a + b"
+    whole = tokenizer.encode([prompt + wanted])[0]
+    assert tokenizer.decode(whole) == prompt + wanted
+    for cut in range(1, len(whole)):
+        before = tokenizer.decode(whole[:cut])
+        answer = _Answer(whole[:cut], most=9, stops=[], tokens=whole[cut:])
+        model = ScoredModel(lambda sequences: [], tokenizer, 64)
+        assert before + model._text(answer) == prompt + wanted, cut
 
 
 def test_what_waits_is_told_before_each_program(tmp_path: Path) -> None:
