@@ -311,6 +311,8 @@ def _environment(threads: int, stage: PipelineStage) -> dict[str, str]:
     alone = ALONE if stage.ranks == 1 else {}  # else torchrun tells it
     return alone | {
         "OMP_NUM_THREADS": str(threads),
+        # threads that spin while they wait bring two runs on the same cores to a tenth of their speed
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
         "PYTHONPATH": os.pathsep.join(paths),  # the very code that runs here, installed or not
         "PYTHONUNBUFFERED": "1",
     }
