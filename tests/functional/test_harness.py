@@ -123,7 +123,8 @@ def test_the_harness_hears_the_same_from_transformers(model: Path) -> None:
     assert [p for p, _ in ours["choices"]] == pytest.approx([p for p, _ in theirs["choices"]], abs=1e-4)
     assert [greedy for _, greedy in ours["choices"]] == [greedy for _, greedy in theirs["choices"]]
     assert ours["texts"] == pytest.approx(theirs["texts"], abs=1e-3)
-    assert ours["answers"] == theirs["answers"]
+    # transformers decodes an answer by itself: a decoder drops a space where a text begins
+    assert [answer.removeprefix(" ") for answer in ours["answers"]] == theirs["answers"]
     assert len(set(ours["answers"])) == len(ours["answers"])
 
 
