@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -45,6 +46,19 @@ def test_scales_are_let_through_and_nothing_afterwards(monkeypatch: pytest.Monke
     with scales_allowed(chunk({"scale_fwd": torch.ones(3), "extra_fp8_variables": {"num_gemms": 1}})):
         assert os.environ[ALLOWED] == "1"
     assert ALLOWED not in os.environ
+
+
+def test_what_has_no_scales_needs_no_permission(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_backend.install()
+    from btx_megatron.training.scales import ALLOWED, scales_allowed
+
+    monkeypatch.delenv(ALLOWED, raising=False)
+    local = {"0": {"experts._extra_state": io.BytesIO(b"x"), "norm._extra_state": torch.empty(0)}}
+    with scales_allowed(local):
+        assert ALLOWED not in os.environ
+    scales = chunk({"scale_fwd": torch.ones(3)})["0"]
+    with pytest.raises(pickle.UnpicklingError), scales_allowed({"0": scales | local["0"]}):
+        pass
 
 
 @pytest.mark.parametrize("kind", [Planted, Nested])
