@@ -22,7 +22,8 @@ class TaskFile:
     fewshot_path: str | None = None
     """File of documents that are shown, with their answers, before each question."""
     num_fewshot: int | None = None
-    """How many of them. Null: as many as the benchmark shows, none without a file."""
+    """How many of them. Null: as many as the benchmark shows, none without a file; where
+    it shows none it must be said."""
     limit: int | None = None
     """Ask the first documents only."""
     max_new_tokens: int = 256

@@ -42,12 +42,13 @@ def run_comparison(path: Path, overrides: list[str], machine: Machine | None = N
     others = [variant for variant in variants_on_disk(folder) if variant.run.path not in planned]
     for seed in recipe.compare.random_seeds:
         of_seed = [variant for variant in variants if variant.random_seed == seed]
+        file = seed_file(out, seed)
         told = None if all(variant.run.path.exists() for variant in of_seed) else kept(of_seed, out)
         if told:
-            print(f"== random seed {seed}: taken from {out / f'seed-{seed}.json'}", flush=True)
+            print(f"== random seed {seed}: taken from {file}", flush=True)
         else:
-            if seed_file(out, seed).exists() and not any(variant.run.path.exists() for variant in of_seed):
-                print(f"== random seed {seed}: {seed_file(out, seed)} is of other recipes, and not taken")
+            if file.exists() and not any(variant.run.path.exists() for variant in of_seed):
+                print(f"== random seed {seed}: {file} is of other recipes, and not taken", flush=True)
             mistakes = _run_all(of_seed, [*variants, *others], machine)
             failed += mistakes
             if mistakes:
