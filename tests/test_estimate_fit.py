@@ -39,7 +39,7 @@ def setup_in(recipe: Recipe, stage: str) -> Setup:
     return setup_of(recipe, recipe.stage(stage), 32_000, recipe.num_experts(stage))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from([2, 4, 8]), st.floats(0.05, 1), st.data())
 def test_every_proposal_is_a_layout_of_the_recipe_and_fits(
     ranks: int, node: int, share: float, data: st.DataObject

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from btx_megatron.errors import UserError
@@ -100,7 +100,6 @@ def test_frozen_weights_have_no_gradient(setup: Setup, part: str) -> None:
     assert frozen.activations <= all_trained.activations
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from([DENSE, MOE]),
     st.sampled_from([1, 2, 4, 8]),

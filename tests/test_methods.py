@@ -167,7 +167,7 @@ def test_a_method_is_its_baseline_alone() -> None:
         assert recipe.num_experts(stage) == beside.num_experts(stage)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     iters=st.lists(st.integers(1, 1000), min_size=3, max_size=3),
     batch=st.sampled_from([1, 4, 24]),

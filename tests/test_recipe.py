@@ -392,7 +392,7 @@ model_keys = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.dictionaries(model_keys, numbers, max_size=3),
     st.dictionaries(layout_keys, numbers, max_size=3),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from btx_megatron.errors import UserError
@@ -148,7 +148,6 @@ values = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.dictionaries(st.sampled_from("xyz"), values), st.dictionaries(st.sampled_from("xyz"), values))
 def test_a_difference_is_found_if_and_only_if_there_is_one(old: dict[str, Any], new: dict[str, Any]) -> None:
     assert (first_difference(old, new) is None) == (old == new)

@@ -88,7 +88,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     return folder, (folder / ".metadata").read_bytes()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_in_the_index_is_a_user_error_or_harmless(
     whole: tuple[Path, bytes], at: float, bit: int
@@ -160,7 +160,7 @@ def test_layers_that_do_not_go_together(tmp_path: Path, tensors: dict[str, Tenso
 
 @given(order=st.permutations(range(12)))
 @example(order=[11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=5)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=5)
 def test_layers_are_put_in_the_order_of_their_numbers(
     tmp_path_factory: pytest.TempPathFactory, order: list[int]
 ) -> None:

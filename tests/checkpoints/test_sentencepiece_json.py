@@ -73,7 +73,7 @@ def test_odd_texts_and_whole_files_are_cut_alike(models: dict[str, Path], name: 
 @pytest.mark.parametrize("name", ["bpe", "prefixed"])
 @given(text=TEXTS)
 @example(text=f"  {SIGN}  {SIGN}\n")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_is_cut_alike(models: dict[str, Path], name: str, text: str) -> None:
     ours, theirs = both_cached(models[name])
     assert theirs.encode(text).ids == ours.encode([text])[0]

@@ -163,7 +163,7 @@ def test_a_bad_line_is_named_or_skipped(
     assert (texts(found), found.skipped) == (TEXTS[:20], 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=40), min_size=1, max_size=30, unique=True

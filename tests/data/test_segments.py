@@ -56,7 +56,7 @@ line = st.sampled_from(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     parts=st.lists(st.one_of(line, st.sampled_from([" ", "  ", "\n", "\n\n"])), max_size=40),
     segment=st.integers(1, 60),

@@ -20,7 +20,7 @@ def least_cost(cost_NK: np.ndarray, size_K: np.ndarray) -> float:
 
 
 @given(SEEDS, st.integers(1, 40), st.integers(1, 6), st.sampled_from(["even", "crowded", "ties", "equal"]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_sizes_are_at_most_one_apart_at_the_least_cost(
     seed: int, points: int, clusters: int, kind: str
 ) -> None:

@@ -47,7 +47,7 @@ def test_points_are_those_of_scikit_learns_pipeline() -> None:
 
 
 @given(SEEDS, st.integers(1, 60), st.integers(1, 7))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_dealt_sizes_are_at_most_one_apart(seed: int, documents: int, clusters: int) -> None:
     chosen = np.random.default_rng(seed).choice(TEXTS, documents).tolist()
     if documents < clusters:
@@ -83,7 +83,7 @@ def test_a_sample_is_fitted_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(SEEDS, st.sampled_from([0.05, 0.1, 2.0]), st.sampled_from([None, 1, 2, 3]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_weights_are_a_softmax_of_squared_distances(seed: int, temperature: float, top_k: int | None) -> None:
     rng = np.random.default_rng(seed)
     words = [word for of in WORDS.values() for word in of]

@@ -66,7 +66,7 @@ def test_a_text_goes_to_the_expert_of_its_domain(name: str) -> None:
 
 
 @given(SEEDS, st.integers(1, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_weights_sum_to_1_over_at_most_top_k_experts(seed: int, top_k: int) -> None:
     rng = np.random.default_rng(seed)
     mask = np.ones((2, 8))
@@ -81,7 +81,7 @@ def test_weights_sum_to_1_over_at_most_top_k_experts(seed: int, top_k: int) -> N
 
 
 @given(SEEDS, st.integers(0, 11))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_no_label_moves_its_own_weights(seed: int, position: int) -> None:
     """Every token from a position's label on is another one; the mixture up to there is the same to a bit."""
     rng = np.random.default_rng(seed)

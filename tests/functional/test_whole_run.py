@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from btx_megatron.checkpoints.tracker import find_checkpoint
+from btx_megatron.runtime import cpu_backend
 
 pytestmark = pytest.mark.slow
 
@@ -179,6 +180,7 @@ def test_stopped_killed_and_gone_on_with_gives_the_same_run(recipe: Path, whole:
 
 
 def test_the_recipe_lies_in_every_checkpoint(whole: Path) -> None:
+    cpu_backend.install()
     from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 
     resolved = yaml.safe_load((whole / "recipe.yaml").read_text())

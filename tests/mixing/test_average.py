@@ -77,7 +77,7 @@ def test_weighted_mean_is_rounded_once(dtype: torch.dtype) -> None:
 
 
 @given(st.integers(1, 9), st.floats(1e-3, 1e3), st.sampled_from(DTYPES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_equal_weights_are_the_mean_to_the_bit(count: int, weight: float, dtype: torch.dtype) -> None:
     _, *branches = sources_of(count, (5, 3), dtype)
     assert torch.equal(weighted_mean(branches, [weight] * count), mean(branches))
@@ -108,7 +108,7 @@ def test_ties_is_the_paper_s_algorithm(dtype: torch.dtype, density: float) -> No
 
 
 @given(st.lists(st.integers(-3, 3), min_size=6, max_size=40), st.floats(0.01, 1), st.integers(1, 4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_ties_with_many_equal_magnitudes(values: list[int], density: float, count: int) -> None:
     """Small whole numbers: everything is exact, and most entries tie at the threshold."""
     base = torch.tensor(values, dtype=torch.float32)

@@ -284,7 +284,7 @@ def test_options_that_do_not_fit_are_one_line(call: Callable[[], object], messag
 
 
 @given(st.integers(1, 6), st.integers(2, 5), st.integers(1, 8))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_split_is_undone_by_putting_the_chunks_side_by_side(sources: int, chunks: int, unit: int) -> None:
     fc1, fc2 = feed_forwards(sources, unit * chunks)
     for source in range(sources):

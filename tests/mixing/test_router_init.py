@@ -125,7 +125,7 @@ def test_ridge_leaves_its_arguments_as_they_are() -> None:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_stream_gives_what_the_whole_gives(cuts: list[int], dtype: torch.dtype) -> None:
     features = [batch.to(dtype) for batch in domains(2, 8, sum(cuts))]
     sums = FeatureSums(2, 8)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+
+from btx_megatron.runtime import cpu_backend
 
 sizes, lengths = st.integers(1, 9), st.integers(1, 5)
 
 
-@settings(deadline=None)  # the first call imports Megatron
+@pytest.fixture(autouse=True, scope="module")
+def behind_the_cpu_backend() -> None:
+    cpu_backend.install()
+
+
 @given(sizes, lengths)
 def test_parts_join_to_the_whole(size: int, length: int) -> None:
     from btx_megatron.model.context_parallel import part_of, whole_of
@@ -21,7 +27,6 @@ def test_parts_join_to_the_whole(size: int, length: int) -> None:
     assert torch.equal(whole_of(parts), whole)
 
 
-@settings(deadline=None)  # the first call imports Megatron
 @given(sizes, lengths)
 def test_every_rank_has_as_much_causal_attention(size: int, length: int) -> None:
     from btx_megatron.model.context_parallel import part_of

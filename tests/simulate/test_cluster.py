@@ -59,7 +59,7 @@ def test_all_nodes_slow() -> None:
     assert record.spent.slow == pytest.approx(2.0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(hours_of_experts, clusters, st.integers(0, 99))
 def test_a_stage_starts_after_all_its_inputs(hours: list[float], assumptions: Assumptions, seed: int) -> None:
     records = simulate(graph(hours, assumptions), 2 * len(hours), assumptions, seed)
@@ -68,14 +68,14 @@ def test_a_stage_starts_after_all_its_inputs(hours: list[float], assumptions: As
     assert records["finetune"].begin == records["mix"].end + assumptions.queue_hours
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(hours_of_experts, clusters, st.integers(0, 99))
 def test_every_hour_is_accounted_for(hours: list[float], assumptions: Assumptions, seed: int) -> None:
     for record in simulate(graph(hours, assumptions), 2 * len(hours), assumptions, seed).values():
         assert record.end - record.begin == pytest.approx(record.job.hours + record.spent.total)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(hours_of_experts, clusters, st.integers(0, 99), st.data())
 def test_an_expert_that_fails_more_delays_no_other(
     hours: list[float], assumptions: Assumptions, seed: int, data: st.DataObject
