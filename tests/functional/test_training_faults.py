@@ -73,7 +73,7 @@ def test_killed_at_random_moments_the_curve_is_the_uninterrupted_one(whole: Seed
         if path is not None:
             assert hash_tensors(path)
     print(f"{KILLS} kills: {'; '.join(moments)}")
-    assert tracked > 50
+    assert tracked > KILLS  # a step or more for each, on the slowest machine
     code, output = run.finish(run.start())
     assert code == 0, output
     assert run.losses() == whole.losses()
