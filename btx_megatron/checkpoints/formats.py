@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from btx_megatron.checkpoints.config import ModelConfig, from_args, from_recipe, to_args
+from btx_megatron.checkpoints.config import ModelConfig, from_recipe
+from btx_megatron.checkpoints.megatron_args import from_args, to_args
 from btx_megatron.checkpoints.names import ROUTER, has_expert_axis
 from btx_megatron.checkpoints.pieces import Index, Source, TensorInfo
 from btx_megatron.checkpoints.stream import NO_BOUND, Effort, PlannedTensor, Reporter, stream

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from btx_megatron.checkpoints.config import ModelConfig, from_hf, to_hf
+from btx_megatron.checkpoints.config import ModelConfig
+from btx_megatron.checkpoints.hf_config import from_hf, to_hf
 from btx_megatron.checkpoints.names import DENSE, DENSE_TO_MOE, LAYERS, ROUTER
 from btx_megatron.checkpoints.pieces import (
     Files,

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from btx_megatron.checkpoints.config import from_args, from_recipe, to_args
+from btx_megatron.checkpoints.config import from_recipe
 from btx_megatron.checkpoints.formats import approximations
+from btx_megatron.checkpoints.megatron_args import from_args, to_args
 from btx_megatron.mixing.flags import capacity_flags
 from btx_megatron.recipe import Moe, Recipe
 
