@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # Examples that take long tell of a busy machine, or of the first import of Megatron, not of the code.
-settings.register_profile("patient", settings(), suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("patient", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait shall not take the cores of others
