@@ -13,15 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from btx_megatron.checkpoints.config import ModelConfig, from_recipe
-from btx_megatron.checkpoints.megatron_args import from_args, to_args
+from btx_megatron.checkpoints.megatron_args import SaysNothing, from_args, to_args
 from btx_megatron.checkpoints.names import ROUTER, has_expert_axis
-from btx_megatron.checkpoints.pieces import Index, Source, TensorInfo
+from btx_megatron.checkpoints.pieces import Index, Source, TensorInfo, dtype_name
 from btx_megatron.checkpoints.stream import NO_BOUND, Effort, PlannedTensor, Reporter, stream
 from btx_megatron.checkpoints.tokenizer_files import FOLDER as TOKENIZER
 from btx_megatron.checkpoints.tokenizer_files import write_tokenizer
 from btx_megatron.checkpoints.tracker import RELEASE, TRACKER, find_checkpoint, write_tracker
-from btx_megatron.checkpoints.vocabulary import divisor, fit_vocabulary, rows_in
+from btx_megatron.checkpoints.vocabulary import EMBEDDING, divisor, fit_vocabulary, rows_in
 from btx_megatron.durable import sync, write_durably
 from btx_megatron.errors import StageFailed, UserError
 from btx_megatron.manifest import MANIFEST_FILE
@@ -84,7 +86,10 @@ def open_checkpoint(path: Path) -> Source:
 
 
 def config_of(source: Source) -> ModelConfig:
-    """The model of a checkpoint, by what its format keeps of it. Raises UserError where nothing is kept."""
+    """The model of a checkpoint, by what its format keeps of it.
+
+    Raises SaysNothing where nothing is kept, UserError for a model that is no Llama or Mixtral.
+    """
     config = getattr(source, "config", None)
     if config is not None:
         assert isinstance(config, ModelConfig)
@@ -100,7 +105,7 @@ def config_of(source: Source) -> ModelConfig:
     elif "model_config" in common:
         found = ModelConfig(**common["model_config"])
     else:
-        raise UserError(
+        raise SaysNothing(
             f"{source.folder}: does not say what model it is (no args, no recipe); save it with Megatron-LM"
         )
     return found
@@ -168,6 +173,8 @@ def check_target(
 ) -> None:
     """Raise UserError where the plan's weights (``fitted``) cannot be written like that."""
     tensors = {planned.name: planned.info for planned in plan}
+    if config is not None:
+        _check_declared(tensors, config)
     if to == "megatron":
         _expert_files(tensors, parallel.expert)
     elif to == "megatron-legacy":
@@ -177,8 +184,36 @@ def check_target(
         assert config is not None
         grid = Grid(parallel.tensor, parallel.pipeline, parallel.expert, parallel.tensor)
         check_sizes(tensors, _args(config, rows_in(plan), parallel), grid)
-    elif config is not None and not approximate and (differs := approximations(config)):
+    else:
+        _check_one_dtype(tensors)
+    if to == "hf" and config is not None and not approximate and (differs := approximations(config)):
         raise UserError(f"{differs[0]}; --approximate exports it all the same")
+
+
+def _check_declared(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> None:
+    """The weights are those of the model that is declared beside them: each there, and none beyond."""
+    from btx_megatron.checkpoints.huggingface import our_tensors
+
+    embedding = tensors.get(EMBEDDING)
+    declared = our_tensors(config, embedding.shape[0] if embedding else 0, torch.float32)
+    for name in sorted({*tensors, *declared}):
+        if name not in declared:
+            raise UserError(f"{name}: the model that the checkpoint's configuration describes has none such")
+        if name not in tensors:
+            raise UserError(f"{name} is missing, which the checkpoint's configuration describes")
+        there, said = list(tensors[name].shape), list(declared[name].shape)
+        if there != said:
+            raise UserError(f"{name} is {there}, and {said} by the checkpoint's configuration; correct that")
+
+
+def _check_one_dtype(tensors: Mapping[str, TensorInfo]) -> None:
+    usual = tensors[EMBEDDING].dtype
+    for name, info in tensors.items():
+        if info.dtype != usual:
+            raise UserError(
+                f"--to hf: weights must be of one type, and {name} is {dtype_name(info.dtype)} beside "
+                f"{dtype_name(usual)}; save them in one"
+            )
 
 
 def partial_of(output: Path) -> Path:

@@ -47,8 +47,15 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
             f"{where}: sliding_window is {config['sliding_window']}, less than max_position_embeddings; "
             "attention through a window is not supported"
         )
-    rope = _object(config, "rope_parameters", where)
-    scaling = _object(config, "rope_scaling", where) or {k: v for k, v in rope.items() if k != "rope_theta"}
+    rope = _object(config, "rope_scaling", where) or _object(config, "rope_parameters", where)
+    turned = {**rope, **config}.get("partial_rotary_factor", 1.0)
+    if turned not in (None, 1.0):
+        raise UserError(f"{where}: partial_rotary_factor is {turned}; only whole heads are turned here")
+    scaling = {
+        key: _hashable(value)
+        for key, value in rope.items()
+        if key not in ("rope_theta", "partial_rotary_factor")
+    }
     if scaling.get("rope_type", scaling.get("type", "default")) == "default":
         scaling = {}
     heads = _get(config, "num_attention_heads", where)
@@ -58,7 +65,8 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
             f"{where}: num_key_value_heads is {groups}; it must divide num_attention_heads {heads}"
         )
     hidden = _get(config, "hidden_size", where)
-    theta = {"rope_theta": _HF_ROPE_THETA[kind]} | _said(rope) | _said(config)
+    # as transformers does: what stands beside the scaling goes before what stands alone
+    theta = {"rope_theta": _HF_ROPE_THETA[kind]} | _said(config) | _said(rope)
     return ModelConfig(
         num_layers=_get(config, "num_hidden_layers", where),
         hidden_size=hidden,
@@ -98,6 +106,10 @@ def _object(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: {key} is {value}; it must be an object of names and values")
     return value
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _said(config: Mapping[str, Any]) -> dict[str, Any]:

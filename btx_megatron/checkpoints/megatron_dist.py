@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from btx_megatron.checkpoints.metadata import Chunk, StoredTensor, read_index
-from btx_megatron.checkpoints.names import is_weight, split_layer
+from btx_megatron.checkpoints.names import DENSE_TO_MOE, LAYERS, ROUTER, is_weight, split_layer
 from btx_megatron.checkpoints.pieces import (
     Files,
     Index,
@@ -39,6 +39,7 @@ from btx_megatron.durable import sync, write_durably
 from btx_megatron.errors import UserError
 
 _COMMON = "common_state/shard_0_1"
+_NORM = LAYERS + "mlp.linear_fc1.layer_norm_weight"
 
 
 class DistCheckpoint:
@@ -54,6 +55,11 @@ class DistCheckpoint:
             if is_weight(key):
                 name, layer = split_layer(key)
                 self._keys.setdefault(name, {})[layer] = stored
+        norm, norm_of_moe = _NORM, DENSE_TO_MOE[_NORM]
+        if ROUTER in self._keys and norm in self._keys and norm_of_moe not in self._keys:
+            self._keys[norm_of_moe] = self._keys.pop(
+                norm
+            )  # Megatron's local layers name a mixture's like that
         self.tensors = {name: self._info(name) for name in sorted(self._keys)}
         self._blocks: dict[tuple[str, int], StoredArray] = {}
 

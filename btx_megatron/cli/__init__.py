@@ -13,7 +13,15 @@ from typing import NoReturn
 
 from btx_megatron.cli import runs, weights  # noqa: F401  (their commands)
 from btx_megatron.cli.app import app
-from btx_megatron.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, StageFailed, Stopped, UserError
+from btx_megatron.errors import (
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    StageFailed,
+    Stopped,
+    UserError,
+)
 
 
 def main() -> int:
@@ -26,6 +34,11 @@ def main() -> int:
         for line in str(error).splitlines():
             print(f"btx: {line}", file=sys.stderr)
         return error.exit_code
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        print(f"btx: {error.filename}: {error.strerror}; ask its owner for access", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_STOPPED
     return EXIT_DONE

@@ -21,7 +21,7 @@ from btx_megatron.checkpoints.stream import BLOCK_BYTES, Effort, PlannedTensor, 
 from btx_megatron.columns import columns
 from btx_megatron.mixing.average import dare, ties
 from btx_megatron.mixing.experts import expert_units
-from btx_megatron.mixing.mix import Job, Opened
+from btx_megatron.mixing.mix import Job, Opened, source_bytes
 from btx_megatron.mixing.plan import MixOptions, num_experts
 
 READ_AT_MOST = 64 << 20
@@ -77,15 +77,10 @@ def read_bytes(job: Job) -> int:
 
     Every source is fingerprinted whole; what a rule reads in one go is hashed on the way.
     """
-    before = sum(_source_bytes(job.opened.sources[name]) for name in job.checked)
     if job.stage == "mix":
         assert job.options is not None
-        return before + _read_by_mix(job.opened, job.options)
-    return before + sum(map(_source_bytes, job.opened.all.values()))
-
-
-def _source_bytes(source: Source) -> int:
-    return sum(math.prod(info.shape) * info.dtype.itemsize for info in source.tensors.values())
+        return job.read_before + _read_by_mix(job.opened, job.options)
+    return job.read_before + sum(map(source_bytes, job.opened.all.values()))
 
 
 def _read_by_mix(opened: Opened, options: MixOptions) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from btx_megatron.checkpoints.config import ModelConfig
 from btx_megatron.checkpoints.formats import Format, Parallel, vocabulary_divisor
+from btx_megatron.checkpoints.megatron_args import whole_rotary_base
 
 
 def megatron_flags(
@@ -29,7 +30,7 @@ def megatron_flags(
         f"--seq-length {config.seq_length}",
         f"--max-position-embeddings {config.seq_length}",
         "--position-embedding-type rope",
-        f"--rotary-base {int(config.rotary_base)}",
+        f"--rotary-base {whole_rotary_base(config)}",
         "--normalization RMSNorm",
         f"--norm-epsilon {config.norm_epsilon}",
         "--swiglu",

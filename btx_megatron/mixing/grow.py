@@ -23,11 +23,12 @@ from btx_megatron.checkpoints.stream import PlannedTensor, Rows, Watched, rows_o
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import Manifest, read_manifest
 from btx_megatron.mixing.average import weighted_mean
+from btx_megatron.mixing.hashes import hash_tensors
 from btx_megatron.mixing.plan import common_weights
 from btx_megatron.mixing.router_init import normal_router
 
-MIXTURE = "(mixture)"
-"""The mixture among its sources; no expert may have such a name."""
+MIXTURE, BASE = "(mixture)", "(base)"
+"""The mixture, or the base of an average, among the sources; no expert may have such a name."""
 MOE_TO_DENSE = {moe: dense for dense, moe in DENSE_TO_MOE.items()}
 
 
@@ -159,24 +160,40 @@ def _names_of(dense: Source) -> set[str]:
 
 
 def manifest_to_mix_again(moe: Path) -> Manifest | None:
-    """The manifest of a mixture that is as it was mixed, so that it can be mixed again; None of others."""
+    """The manifest of a mixture that is as it was mixed, so that it can be mixed again; None of others.
+
+    All its weights are read: the manifest stays where somebody trains on in the mixture's own folder.
+    """
     manifest = read_manifest(moe)
-    mixed = manifest is not None and manifest.stage == "mix" and "sources" in manifest.recipe
-    return manifest if mixed else None
+    if manifest is None or not _names_sources(manifest):
+        return None
+    written: Mapping[str, Any] = manifest.outputs["tensors"]
+    hashes = {name: row["xxh3_128"] for name, row in written.items()}
+    there = {name: row["xxh3_128"] for name, row in hash_tensors(moe).items()}
+    return manifest if there == hashes else None
+
+
+def may_be_mixed_again(moe: Path) -> bool:
+    """Whether its weights have to be read, to see whether it was trained."""
+    manifest = read_manifest(moe)
+    return manifest is not None and _names_sources(manifest)
+
+
+def _names_sources(manifest: Manifest) -> bool:
+    return manifest.stage == "mix" and bool(manifest.recipe.get("sources"))
 
 
 def remix_sources(manifest: Manifest) -> dict[str, Path]:
-    """Where the sources of an untrained mixture lie, by expert. Raises UserError if it does not say."""
-    sources: Mapping[str, Any] = manifest.recipe.get("sources", {})
-    if manifest.stage != "mix" or not sources:
-        raise UserError("the mixture's manifest does not name its sources; give them with --expert NAME=PATH")
+    """Where the sources of an untrained mixture lie, by expert, and its base. Raises UserError for one that
+    is gone."""
+    sources: Mapping[str, Any] = manifest.recipe["sources"]
     for name, path in sources.items():
         if not Path(path).exists():
             raise UserError(
                 f"expert {name.strip('()')}: {path} is gone, of which the mixture was made; put it back, or "
                 "give --lambda to keep the mixture's weights"
             )
-    return {name: Path(path) for name, path in sources.items() if name != "(base)"}
+    return {name: Path(path) for name, path in sources.items()}
 
 
 def check_fingerprints(sources: Mapping[str, Watched], manifest: Manifest) -> None:
@@ -184,6 +201,7 @@ def check_fingerprints(sources: Mapping[str, Watched], manifest: Manifest) -> No
     for name, source in sources.items():
         expected = manifest.inputs.get(name)
         if expected is not None and source.fingerprint() != expected:
+            who = f"the {name[1:-1]}" if name.startswith("(") else f"expert {name}"
             raise UserError(
-                f"expert {name} ({source.folder}) has changed since it was mixed; put it back, or mix anew"
+                f"{who} ({source.folder}) has changed since it was mixed; put it back, or mix anew"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +24,7 @@ from btx_megatron.checkpoints.formats import (
     partial_of,
     write_checkpoint,
 )
+from btx_megatron.checkpoints.megatron_args import SaysNothing
 from btx_megatron.checkpoints.names import DENSE_TO_MOE
 from btx_megatron.checkpoints.pieces import Source, indices_of, read_part
 from btx_megatron.checkpoints.stream import (
@@ -40,10 +42,12 @@ from btx_megatron.errors import UserError
 from btx_megatron.manifest import make_manifest, manifest_text
 from btx_megatron.mixing.experts import expert_width
 from btx_megatron.mixing.grow import (
+    BASE,
     MIXTURE,
     check_fingerprints,
     count_experts,
     manifest_to_mix_again,
+    may_be_mixed_again,
     plan_drop,
     plan_grow,
     remix_sources,
@@ -91,7 +95,7 @@ class Opened:
     @property
     def all(self) -> dict[str, Watched]:
         """Sources and base by name."""
-        return {**self.sources, **({"(base)": self.base} if self.base is not None else {})}
+        return {**self.sources, **({BASE: self.base} if self.base is not None else {})}
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,8 @@ class Job:
     common: Mapping[str, Any] = field(default_factory=dict)
     """Goes beside the tensors of a torch_dist checkpoint."""
     router_text: RouterText | RouterTokens | None = None
-    checked: tuple[str, ...] = ()
-    """Sources that are read once more before, to see that they are what they were."""
+    read_before: int = 0
+    """Bytes that are read before, to see that mixture and sources are what they were."""
 
 
 def mix(
@@ -200,8 +204,8 @@ def grow(
 ) -> dict[str, Any]:
     """A mixture with one expert more. ``share`` is lambda, of a trained one (see mixing.grow).
 
-    A mixture that ``btx mix`` made and nothing trained is mixed again, from its sources and the new one, as
-    it was mixed; those must be what they were. Raises UserError as mix does.
+    A mixture whose weights are those that ``btx mix`` wrote is mixed again, from its sources and the new one,
+    as it was mixed; those must be what they were. Raises UserError as mix does.
     """
     return _write(grow_job(moe, name, new, share=share, options=options), output)
 
@@ -210,25 +214,31 @@ def grow_job(
     moe: Path, name: str, new: Path, *, share: float | None, options: MixOptions, look: bool = False
 ) -> Job:
     """What ``grow`` writes. ``look``: it will not be, so the sources' fingerprints need not be checked."""
+    if share is not None:
+        return _growing(moe, None, {name: new}, share, options)
     manifest = manifest_to_mix_again(moe)
-    if share is None and manifest is not None:
+    read_before = source_bytes(open_checkpoint(moe)) if may_be_mixed_again(moe) else 0
+    if manifest is not None:
         sources = remix_sources(manifest)
         if name in sources:
             raise UserError(f"--add-expert {name}: the mixture has an expert of this name; choose another")
+        base = sources.pop(BASE, None)
+        of_mixture = {key: Watched(open_checkpoint(path)) for key, path in sources.items()}
+        if base is not None:
+            of_mixture[BASE] = Watched(open_checkpoint(base))
         if not look:
-            check_fingerprints(
-                {key: Watched(open_checkpoint(path)) for key, path in sources.items()}, manifest
-            )
-        base = manifest.recipe["sources"].get("(base)")
+            check_fingerprints(of_mixture, manifest)
+        read_before += sum(map(source_bytes, of_mixture.values()))
         again = MixOptions(**manifest.recipe["options"])
         if again.router_init in FROM_TEXT:
             raise UserError(
                 f"--moe {moe}: its router was made from the experts' text, so it cannot be mixed again with "
                 "one more; mix all with --expert and --router-text, or give --lambda to keep its weights"
             )
-        job = mix_job({**sources, name: new}, again, Path(base) if base else None)
-        return replace(job, checked=tuple(sources))
-    return _growing(moe, None, {name: new}, share, options)
+        job = mix_job({**sources, name: new}, again, base)
+    else:
+        job = _growing(moe, None, {name: new}, share, options)
+    return replace(job, read_before=read_before)
 
 
 def grow_trained(
@@ -294,7 +304,7 @@ def open_sources(
     configs = {name: config for name, source in checked.items() if (config := _config(source)) is not None}
     first = next(iter(configs), "")
     for second, other in configs.items():
-        difference = configs[first].difference(other)
+        difference = configs[first].difference(other, tokens=tokenizer != "union")
         if difference:
             key, there, here = difference
             raise UserError(
@@ -310,10 +320,15 @@ def open_sources(
     return opened
 
 
+def source_bytes(source: Source) -> int:
+    """What all weights of a checkpoint take."""
+    return sum(math.prod(info.shape) * info.dtype.itemsize for info in source.tensors.values())
+
+
 def _config(source: Source) -> ModelConfig | None:
     try:
         return config_of(source)
-    except UserError:
+    except SaysNothing:
         return None
 
 

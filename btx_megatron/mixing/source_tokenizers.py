@@ -70,9 +70,11 @@ def shared_tokenizer(sources: Mapping[str, Source], hint: bool) -> ResultTokeniz
     files: dict[str, bytes] = {}
     seen: dict[str, tuple[str, TokenizerFiles, str]] = {}
     of_run: TokenizerFiles | None = None
+    compared = False  # that somebody has both
     for name, source in sources.items():
         found = find_tokenizer(source.folder)
         of_run = of_run or (found if found.of_run else None)
+        compared = compared or {JSON, MODEL} <= set(found.files)
         for file, content in found.files.items():
             files.setdefault(file, content)
             if file not in (JSON, MODEL):
@@ -87,9 +89,12 @@ def shared_tokenizer(sources: Mapping[str, Source], hint: bool) -> ResultTokeniz
                     f"{found.folder / file}: another tokenizer than {whose}'s; experts must share one "
                     f"tokenizer{ways if union else ''}"
                 )
-    if of_run is None:
-        return ResultTokenizer(files)
-    return ResultTokenizer(files, special=special_ids(of_run), note=of_run.note)
+    note = of_run.note if of_run is not None else None
+    if len(seen) == 2 and not compared:
+        note = note or f"one source has {JSON} alone, another {MODEL} alone: not known to be the same"
+    return ResultTokenizer(
+        files, special=special_ids(of_run) if of_run is not None else (None, None), note=note
+    )
 
 
 def _can_be_united(one: TokenizerFiles, other: TokenizerFiles) -> bool:

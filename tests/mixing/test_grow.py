@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import LAYERS, random_weights, write_dense
+from torch_dist import save_torch_dist
 
 from btx_megatron.checkpoints.megatron_dist import DistCheckpoint
 from btx_megatron.checkpoints.names import DENSE, DENSE_TO_MOE, ROUTER
+from btx_megatron.checkpoints.tracker import RELEASE, write_tracker
 from btx_megatron.errors import UserError
 from btx_megatron.mixing.hashes import hash_tensors
 from btx_megatron.mixing.mix import Output, drop, grow, mix
+from btx_megatron.mixing.option_checks import is_mixed_again
 from btx_megatron.mixing.plan import MixOptions
 from btx_megatron.mixing.verify import verify
 
@@ -46,6 +49,39 @@ def test_a_source_that_changed_since_is_refused(sources: dict[str, Path], tmp_pa
         grow(two, "c", sources["c"], Output(tmp_path / "grown"), share=None, options=OPTIONS)
     with pytest.raises(UserError, match="--add-expert b: the mixture has an expert of this name"):
         grow(two, "b", sources["c"], Output(tmp_path / "grown"), share=None, options=OPTIONS)
+
+
+def test_a_base_that_changed_since_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    base, options = write_dense(tmp_path / "base", random_weights(8)), MixOptions(average="base")
+    two = {name: sources[name] for name in "ab"}
+    mix(two, Output(tmp_path / "two", manifest=True), options, base)
+    grow(tmp_path / "two", "c", sources["c"], Output(tmp_path / "x"), share=None, options=MixOptions())
+    mix(sources, Output(tmp_path / "three"), options, base)
+    assert hash_tensors(tmp_path / "x") == hash_tensors(tmp_path / "three")
+    write_dense(base, random_weights(9))
+    with pytest.raises(UserError, match=r"the base .* has changed since it was mixed; put it back"):
+        grow(tmp_path / "two", "c", sources["c"], Output(tmp_path / "y"), share=None, options=MixOptions())
+
+
+@pytest.mark.parametrize("how", ["iteration", "in place"])
+def test_trained_in_its_own_folder_it_keeps_what_it_learned(
+    sources: dict[str, Path], tmp_path: Path, how: str
+) -> None:
+    """As Megatron-LM does with --load and --save of one folder: the manifest stays."""
+    two, options = mixed(sources, "ab", tmp_path / "two"), MixOptions()
+    source = DistCheckpoint(two)
+    trained = {name: source.read(name) + 1 for name in source.tensors}
+    if how == "iteration":
+        save_torch_dist(two / "iter_0000100", trained)
+        write_tracker(two, "100")
+    else:
+        save_torch_dist(two / RELEASE, trained)
+    grow(two, "c", sources["c"], Output(tmp_path / "grown", manifest=True), share=None, options=options)
+    grown = DistCheckpoint(tmp_path / "grown")
+    for name in FEED_FORWARD:
+        assert torch.equal(grown.read(name)[:, :2], trained[name])
+    assert json.loads((tmp_path / "grown" / "manifest.json").read_text())["stage"] == "grow"
+    assert not is_mixed_again(two)
 
 
 @pytest.mark.parametrize("share", [None, 0.0, 0.25, 1.0])

@@ -32,7 +32,8 @@ FC1, FC2 = (f"decoder.layers.mlp.experts.experts.linear_fc{n}.weight" for n in (
 
 def recipe_of(**values: Any) -> Recipe:
     domains = [{"name": name, "sources": [{"path": "x"}]} for name in ("a", "b")]
-    model = {"num_layers": LAYERS, "hidden_size": 8, "ffn_hidden_size": WIDTH, "num_attention_heads": 2}
+    model = {"num_layers": LAYERS, "hidden_size": 8, "ffn_hidden_size": WIDTH}
+    model |= {"num_attention_heads": 2, "num_query_groups": 1}
     return parse_recipe({"data": {"domains": domains}, "model": model, **values})
 
 

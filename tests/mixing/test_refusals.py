@@ -34,7 +34,7 @@ def good(tmp_path: Path) -> Path:
         ({"hidden": 32}, "hidden_size is 16 in expert good and 32 in expert bad"),
         ({"width": 32}, "ffn_hidden_size is 24 in expert good and 32 in expert bad"),
         ({"layers": 3}, "num_layers is 2 in expert good and 3 in expert bad"),
-        ({"vocabulary": 40}, "word_embeddings.weight is [32, 16] bfloat16 in expert good and [40, 16]"),
+        ({"vocabulary": 40}, "vocab_size is 32 in expert good and 40 in expert bad"),
         ({"dtype": torch.float32}, "[16] bfloat16 in expert good and [16] float32 in expert bad"),
         ({"tied": True}, "tied is False in expert good and True in expert bad"),
         ({"config": {"rope_theta": 5e5}}, "rotary_base is 10000.0 in expert good and 500000.0 in expert bad"),
