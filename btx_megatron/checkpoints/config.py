@@ -41,18 +41,12 @@ class ModelConfig:
     bos_token_id: TokenIds = None
     eos_token_id: TokenIds = None
 
-    def difference(self, other: ModelConfig, tokens: bool = True) -> tuple[str, Any, Any] | None:
-        """First thing, with both values, in which two models differ so that they cannot be mixed.
-
-        ``tokens``: both must have as many, where both say how many.
-        """
+    def difference(self, other: ModelConfig) -> tuple[str, Any, Any] | None:
+        """First thing, with both values, in which two models differ so that they cannot be mixed."""
         for name in (*_SHAPE, "rotary_base", "norm_epsilon", "tied", "rope_scaling"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return name, mine, theirs
-        mine, theirs = self.vocab_size, other.vocab_size
-        if tokens and None not in (mine, theirs) and mine != theirs:
-            return "vocab_size", mine, theirs
         return None
 
     def rope_scaling_factor(self) -> float | None:

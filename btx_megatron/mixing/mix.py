@@ -304,20 +304,28 @@ def open_sources(
     configs = {name: config for name, source in checked.items() if (config := _config(source)) is not None}
     first = next(iter(configs), "")
     for second, other in configs.items():
-        difference = configs[first].difference(other, tokens=tokenizer != "union")
-        if difference:
-            key, there, here = difference
-            raise UserError(
-                f"{key} is {there} in expert {first} and {here} in expert {second}: "
-                "experts must be branches of one model"
-            )
+        if difference := configs[first].difference(other):
+            raise _not_of_one_model(first, second, difference)
     config = next(iter(configs.values()), None)
     if tokenizer == "union":
         opened.tokenizer = united_tokenizer({name: checked[name] for name in sources}, config)
     else:
         opened.tokenizer = shared_tokenizer(checked, hint=tokenizer is not None)
+        known = {name: of.vocab_size for name, of in configs.items() if of.vocab_size is not None}
+        for second, size in known.items():
+            first = next(iter(known))
+            if size != known[first]:
+                raise _not_of_one_model(first, second, ("vocab_size", known[first], size))
     opened.config = opened.tokenizer.completed(config)
     return opened
+
+
+def _not_of_one_model(first: str, second: str, difference: tuple[str, Any, Any]) -> UserError:
+    key, there, here = difference
+    return UserError(
+        f"{key} is {there} in expert {first} and {here} in expert {second}: "
+        "experts must be branches of one model"
+    )
 
 
 def source_bytes(source: Source) -> int:
