@@ -55,11 +55,9 @@ class DistCheckpoint:
             if is_weight(key):
                 name, layer = split_layer(key)
                 self._keys.setdefault(name, {})[layer] = stored
-        norm, norm_of_moe = _NORM, DENSE_TO_MOE[_NORM]
-        if ROUTER in self._keys and norm in self._keys and norm_of_moe not in self._keys:
-            self._keys[norm_of_moe] = self._keys.pop(
-                norm
-            )  # Megatron's local layers name a mixture's like that
+        # Megatron's local layers save a mixture's norm under the dense name
+        if ROUTER in self._keys and _NORM in self._keys and DENSE_TO_MOE[_NORM] not in self._keys:
+            self._keys[DENSE_TO_MOE[_NORM]] = self._keys.pop(_NORM)
         self.tensors = {name: self._info(name) for name in sorted(self._keys)}
         self._blocks: dict[tuple[str, int], StoredArray] = {}
 
