@@ -21,8 +21,9 @@ from btx_megatron.checkpoints.stream import BLOCK_BYTES, Effort, PlannedTensor, 
 from btx_megatron.columns import columns
 from btx_megatron.mixing.average import dare, ties
 from btx_megatron.mixing.experts import expert_units
-from btx_megatron.mixing.mix import Job, Opened, source_bytes
+from btx_megatron.mixing.mix import Job
 from btx_megatron.mixing.plan import MixOptions, num_experts
+from btx_megatron.mixing.sources import Opened, source_bytes
 
 READ_AT_MOST = 64 << 20
 """Bytes that are read to see how fast the source is."""

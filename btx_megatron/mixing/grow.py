@@ -27,8 +27,8 @@ from btx_megatron.mixing.hashes import hash_tensors
 from btx_megatron.mixing.plan import common_weights
 from btx_megatron.mixing.router_init import normal_router
 
-MIXTURE, BASE = "(mixture)", "(base)"
-"""The mixture, or the base of an average, among the sources; no expert may have such a name."""
+MIXTURE = "(mixture)"
+"""The mixture among the sources; no expert may have such a name."""
 MOE_TO_DENSE = {moe: dense for dense, moe in DENSE_TO_MOE.items()}
 
 
@@ -159,28 +159,21 @@ def _names_of(dense: Source) -> set[str]:
     return {DENSE_TO_MOE.get(name, name) for name in dense.tensors}
 
 
-def manifest_to_mix_again(moe: Path) -> Manifest | None:
-    """The manifest of a mixture that is as it was mixed, so that it can be mixed again; None of others.
+def manifest_of_mix(moe: Path) -> Manifest | None:
+    """The manifest that says how a mixture was mixed, and from what; None of others."""
+    manifest = read_manifest(moe)
+    of_mix = manifest is not None and manifest.stage == "mix" and manifest.recipe.get("sources")
+    return manifest if of_mix else None
+
+
+def is_as_mixed(moe: Path, manifest: Manifest) -> bool:
+    """Whether a mixture is as it was mixed, so that it can be mixed again.
 
     All its weights are read: the manifest stays where somebody trains on in the mixture's own folder.
     """
-    manifest = read_manifest(moe)
-    if manifest is None or not _names_sources(manifest):
-        return None
     written: Mapping[str, Any] = manifest.outputs["tensors"]
     hashes = {name: row["xxh3_128"] for name, row in written.items()}
-    there = {name: row["xxh3_128"] for name, row in hash_tensors(moe).items()}
-    return manifest if there == hashes else None
-
-
-def may_be_mixed_again(moe: Path) -> bool:
-    """Whether its weights have to be read, to see whether it was trained."""
-    manifest = read_manifest(moe)
-    return manifest is not None and _names_sources(manifest)
-
-
-def _names_sources(manifest: Manifest) -> bool:
-    return manifest.stage == "mix" and bool(manifest.recipe.get("sources"))
+    return hashes == {name: row["xxh3_128"] for name, row in hash_tensors(moe).items()}
 
 
 def remix_sources(manifest: Manifest) -> dict[str, Path]:

@@ -108,7 +108,7 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
 def differences(opened: Mapping[str, Source], checkpoints: Mapping[str, Facts]) -> list[Difference]:
     """All that is not the same in all of them: tensors, configuration, tokenizer.
 
-    Those that would stop a mix first: what ``plan.common_weights`` and ``mix.open_sources`` ask for.
+    Those that would stop a mix first: what ``plan.common_weights`` and ``sources.open_sources`` ask for.
     """
     configs = {label: facts.model for label, facts in checkpoints.items() if facts.model is not None}
     found = _tensor_differences(opened) + _config_differences(configs)

@@ -1,9 +1,8 @@
-"""The mix itself: sources opened and compared, a plan, one pass over the weights, a checkpoint."""
+"""The mix itself: sources, a plan, one pass over the weights, a checkpoint."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,15 +17,13 @@ from btx_megatron.checkpoints.formats import (
     Format,
     Parallel,
     approximations,
-    config_of,
     format_of,
     open_checkpoint,
-    partial_of,
     write_checkpoint,
 )
-from btx_megatron.checkpoints.megatron_args import SaysNothing
 from btx_megatron.checkpoints.names import DENSE_TO_MOE
-from btx_megatron.checkpoints.pieces import Source, indices_of, read_part
+from btx_megatron.checkpoints.pieces import indices_of, read_part
+from btx_megatron.checkpoints.published import partial_of
 from btx_megatron.checkpoints.stream import (
     NO_BOUND,
     Effort,
@@ -42,26 +39,25 @@ from btx_megatron.errors import UserError
 from btx_megatron.manifest import make_manifest, manifest_text
 from btx_megatron.mixing.experts import expert_width
 from btx_megatron.mixing.grow import (
-    BASE,
     MIXTURE,
     check_fingerprints,
     count_experts,
-    manifest_to_mix_again,
-    may_be_mixed_again,
+    is_as_mixed,
+    manifest_of_mix,
     plan_drop,
     plan_grow,
     remix_sources,
 )
 from btx_megatron.mixing.plan import (
+    BASE,
     FROM_TEXT,
     MixOptions,
-    TokenizerOf,
     num_experts,
     plan_average,
     plan_mix,
 )
 from btx_megatron.mixing.router_text import RouterText, RouterTokens, check_router_text
-from btx_megatron.mixing.source_tokenizers import ResultTokenizer, shared_tokenizer, united_tokenizer
+from btx_megatron.mixing.sources import Opened, open_sources, source_bytes
 
 
 @dataclass(frozen=True)
@@ -80,22 +76,6 @@ class Output:
     approximate: bool = False
     """Write as a Mixtral what a Mixtral is not exactly."""
     progress: Reporter | None = None
-
-
-@dataclass
-class Opened:
-    """The sources of a mix, opened and found to fit together."""
-
-    sources: dict[str, Watched]
-    base: Watched | None
-    config: ModelConfig | None
-    """None where no source says what model it is; then it cannot leave its format."""
-    tokenizer: ResultTokenizer
-
-    @property
-    def all(self) -> dict[str, Watched]:
-        """Sources and base by name."""
-        return {**self.sources, **({BASE: self.base} if self.base is not None else {})}
 
 
 @dataclass(frozen=True)
@@ -216,9 +196,9 @@ def grow_job(
     """What ``grow`` writes. ``look``: it will not be, so the sources' fingerprints need not be checked."""
     if share is not None:
         return _growing(moe, None, {name: new}, share, options)
-    manifest = manifest_to_mix_again(moe)
-    read_before = source_bytes(open_checkpoint(moe)) if may_be_mixed_again(moe) else 0
-    if manifest is not None:
+    manifest = manifest_of_mix(moe)
+    read_before = source_bytes(open_checkpoint(moe)) if manifest is not None else 0
+    if manifest is not None and is_as_mixed(moe, manifest):
         sources = remix_sources(manifest)
         if name in sources:
             raise UserError(f"--add-expert {name}: the mixture has an expert of this name; choose another")
@@ -288,56 +268,6 @@ def drop_job(moe: Path, dropped: int) -> Job:
             )
         config = replace(config, num_experts=left)
     return Job("drop", opened, plan, config)
-
-
-def open_sources(
-    paths: Mapping[str, Path], base: Path | None, tokenizer: TokenizerOf | None = None
-) -> Opened:
-    """Open the sources and compare what they say of their models. Raises UserError where they differ.
-
-    ``tokenizer`` is that of MixOptions; None where only one will do.
-    """
-    sources = {name: Watched(open_checkpoint(path)) for name, path in paths.items()}
-    watched_base = Watched(open_checkpoint(base)) if base is not None else None
-    opened = Opened(sources, watched_base, None, ResultTokenizer())
-    checked = {name: watched.source for name, watched in opened.all.items()}
-    configs = {name: config for name, source in checked.items() if (config := _config(source)) is not None}
-    first = next(iter(configs), "")
-    for second, other in configs.items():
-        if difference := configs[first].difference(other):
-            raise _not_of_one_model(first, second, difference)
-    config = next(iter(configs.values()), None)
-    if tokenizer == "union":
-        opened.tokenizer = united_tokenizer({name: checked[name] for name in sources}, config)
-    else:
-        opened.tokenizer = shared_tokenizer(checked, hint=tokenizer is not None)
-        known = {name: of.vocab_size for name, of in configs.items() if of.vocab_size is not None}
-        for second, size in known.items():
-            first = next(iter(known))
-            if size != known[first]:
-                raise _not_of_one_model(first, second, ("vocab_size", known[first], size))
-    opened.config = opened.tokenizer.completed(config)
-    return opened
-
-
-def _not_of_one_model(first: str, second: str, difference: tuple[str, Any, Any]) -> UserError:
-    key, there, here = difference
-    return UserError(
-        f"{key} is {there} in expert {first} and {here} in expert {second}: "
-        "experts must be branches of one model"
-    )
-
-
-def source_bytes(source: Source) -> int:
-    """What all weights of a checkpoint take."""
-    return sum(math.prod(info.shape) * info.dtype.itemsize for info in source.tensors.values())
-
-
-def _config(source: Source) -> ModelConfig | None:
-    try:
-        return config_of(source)
-    except SaysNothing:
-        return None
 
 
 def _write(job: Job, output: Output) -> dict[str, Any]:

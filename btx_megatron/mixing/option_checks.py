@@ -12,7 +12,8 @@ from typing import Any
 
 from btx_megatron.checkpoints.formats import Format, Parallel
 from btx_megatron.errors import UserError
-from btx_megatron.mixing.grow import manifest_to_mix_again
+from btx_megatron.mixing.grow import is_as_mixed, manifest_of_mix
+from btx_megatron.mixing.plan import FROM_TEXT
 
 _FOR_GROWING = {
     "moe", "add_expert", "drop_expert", "lambda", "output", "to", "router_std", "random_seed", "approximate",
@@ -70,10 +71,11 @@ def _check_growing(given: set[str], values: Mapping[str, Any]) -> None:
 
 def is_mixed_again(moe: Path) -> bool:
     """An untrained mixture grows by being mixed again, where that can be: --lambda is for the others."""
-    manifest = manifest_to_mix_again(moe)
-    if manifest is None or manifest.recipe["options"]["router_init"] in ("centroid", "ridge"):
+    manifest = manifest_of_mix(moe)
+    if manifest is None or manifest.recipe["options"]["router_init"] in FROM_TEXT:
         return False
-    return all(Path(path).exists() for path in manifest.recipe["sources"].values())
+    sources = manifest.recipe["sources"].values()
+    return all(Path(path).exists() for path in sources) and is_as_mixed(moe, manifest)
 
 
 def check_target_options(to: Format, parallel: Parallel, approximate: bool) -> None:

@@ -31,6 +31,8 @@ TokenizerOf = Literal["base", "union"]
 FROM_TEXT = ("centroid", "ridge")
 """Routers that are made from the experts' text."""
 
+BASE = "(base)"
+"""The base of an average among the sources; no expert may have such a name."""
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _FC1 = "decoder.layers.mlp.linear_fc1.weight"
 _FC2 = "decoder.layers.mlp.linear_fc2.weight"
@@ -363,7 +365,7 @@ def common_weights(
     ``any_vocabulary``: the rows of embedding and output layer may differ.
     """
     first_name, first = next(iter(sources.items()))
-    checked = {**sources, **({"(base)": base} if base is not None else {})}
+    checked = {**sources, **({BASE: base} if base is not None else {})}
     for name, source in checked.items():
         unknown = sorted(set(source.tensors) - set(DENSE))
         if unknown:
