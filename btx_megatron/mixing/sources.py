@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,14 @@ def open_sources(
         opened.tokenizer = united_tokenizer({name: checked[name] for name in sources}, config)
     else:
         opened.tokenizer = shared_tokenizer(checked, hint=tokenizer is not None)
-        known = {name: of.vocab_size for name, of in configs.items() if of.vocab_size is not None}
-        for second, size in known.items():
-            first = next(iter(known))
-            if size != known[first]:
-                raise _not_of_one_model(first, second, ("vocab_size", known[first], size))
+        known = {name: of for name, of in configs.items() if of.vocab_size is not None}
+        first = next(iter(known), "")
+        for second, other in known.items():
+            if other.vocab_size != known[first].vocab_size:
+                difference = "vocab_size", known[first].vocab_size, other.vocab_size
+                raise _not_of_one_model(first, second, difference)
+        if config is not None and known:
+            config = replace(config, vocab_size=known[first].vocab_size)
     opened.config = opened.tokenizer.completed(config)
     return opened
 

@@ -153,6 +153,14 @@ def test_experts_with_other_numbers_of_tokens(llama: Path, tmp_path: Path) -> No
     assert_refused(tmp_path, message, *mix_arguments(experts, tmp_path / "out", "--to", "hf"))
 
 
+def test_an_expert_that_says_no_number_of_tokens_takes_the_others(llama: Path, tmp_path: Path) -> None:
+    silent, said = (write_megatron(tmp_path / f"{tokens}", llama, vocab_size=tokens) for tokens in (None, 30))
+    out = tmp_path / "out"
+    assert run_btx(*mix_arguments([silent, said], out, "--to", "hf"))[0] == 0
+    assert config_of(open_checkpoint(out)).vocab_size == 30
+    assert len(read_ours(out)["embedding.word_embeddings.weight"]) == 30
+
+
 @pytest.mark.parametrize(
     "rope",
     [
