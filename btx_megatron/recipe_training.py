@@ -66,7 +66,7 @@ class Training:
     """local: Megatron captures the layers of a dense stage as CUDA graphs, which saves the CPU the launches
     of small models. Needs a GPU and Transformer Engine; no full recomputation."""
     seed: int = 1234
-    """Random seed of initialisation, data order and dropout."""
+    """Random seed of initialisation, dropout and data order; each stage has an order of its own by it."""
     save_interval: int = 100
     """Steps between checkpoints; the last step is always saved."""
     save_total_limit: int = 1

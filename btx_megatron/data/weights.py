@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from btx_megatron.data.folder import STATISTICS, read_statistics
 from btx_megatron.errors import UserError
 from btx_megatron.estimate import stage_tokens
@@ -28,6 +30,18 @@ def stage_blend(recipe: Recipe, stage: str) -> dict[str, float]:
     if blend:
         return dict(blend)
     return {domain: 1.0} if kind == "expert" else dict.fromkeys(recipe.domain_names, 1.0)
+
+
+def order_seed(recipe: Recipe, stage: str) -> int:
+    """The random seed of a stage's data order.
+
+    Each stage shuffles its text anew: with one order for all, each would begin with the samples that the
+    stages before it began with, and leave the rest unread. Stages that are trained in the place of
+    ``finetune`` have its order: what is compared reads the same text in the same order.
+    """
+    kind = stage.partition(":")[0]
+    name = "finetune" if kind in MATCHED_STAGES else stage
+    return xxhash.xxh32_intdigest(name.encode(), recipe.stage(stage).training.seed)
 
 
 def source_weights(domains: list[Domain], blend: dict[str, float]) -> dict[SourceKey, float]:

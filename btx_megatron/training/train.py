@@ -133,7 +133,7 @@ def _watch_losses(watch: LossWatch, saver: Any, iteration: int, result: Any) -> 
 
 def _samples(job: Job, stage: Stage) -> Any:
     from btx_megatron.data.blend import TrainingSamples
-    from btx_megatron.data.weights import stage_blend
+    from btx_megatron.data.weights import order_seed, stage_blend
 
     training = stage.training
     assert training.train_iters is not None
@@ -143,7 +143,7 @@ def _samples(job: Job, stage: Stage) -> Any:
         stage_blend(job.recipe, job.stage),
         job.recipe.model.seq_length,
         training.train_iters * training.global_batch_size,
-        training.seed,
+        order_seed(job.recipe, job.stage),
         job.work_folder / "cache",
     )
 

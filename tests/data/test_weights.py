@@ -1,14 +1,15 @@
 """Effective epochs, and where a user sees them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from corpora import random_words, write_files
 
 from btx_megatron.data.prepare import prepare
-from btx_megatron.data.weights import source_tokens, stage_blend, stage_epochs
+from btx_megatron.data.weights import order_seed, source_tokens, stage_blend, stage_epochs
 from btx_megatron.launch.tables import plan_text, status_text
-from btx_megatron.recipe import Recipe
+from btx_megatron.recipe import Recipe, Stage
 from btx_megatron.recipe_file import parse_recipe
 
 
@@ -48,6 +49,24 @@ def test_a_stages_blend_is_its_own_or_its_kinds(tmp_path: Path) -> None:
     assert stage_blend(recipe, "expert:a") == {"a": 1.0}
     assert stage_blend(recipe, "expert:b") == {"b": 9, "a": 1}
     assert stage_blend(recipe, "finetune") == stage_blend(recipe, "dense") == {"a": 1, "b": 3}
+
+
+def test_each_stage_has_an_order_of_its_own(tmp_path: Path) -> None:
+    """But those that are compared read the same text in the same order."""
+    recipe = recipe_of(tmp_path)
+    stages = ["seed", "expert:a", "expert:b", "finetune"]
+    seeds = {stage: order_seed(recipe, stage) for stage in stages}
+    assert len(set(seeds.values())) == len(stages)
+    assert all(0 <= seed < 1 << 32 for seed in seeds.values())  # numpy takes no other
+    for matched in ("dense", "sparse_upcycling_dm", "sparse_upcycling_cm"):
+        assert order_seed(recipe, matched) == seeds["finetune"]
+    other = replace(recipe, stages=replace(recipe.stages, seed=with_seed(recipe.stages.seed, 7)))
+    assert order_seed(other, "seed") != seeds["seed"]
+    assert order_seed(other, "finetune") == seeds["finetune"]
+
+
+def with_seed(stage: Stage, seed: int) -> Stage:
+    return replace(stage, training=replace(stage.training, seed=seed))
 
 
 def test_epochs_follow_from_weights_tokens_and_steps(tmp_path: Path) -> None:
