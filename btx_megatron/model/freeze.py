@@ -15,6 +15,8 @@ def part_of(name: str) -> str:
     """
     if ".mlp.router." in name:
         return "router"
+    if name.endswith(".layer_norm_weight"):  # Transformer Engine keeps the norm in the layer that follows
+        return "shared"
     return "experts" if ".mlp." in name else "shared"
 
 
