@@ -108,7 +108,8 @@ class LossFile:
 
     def __init__(self, path: Path, done: int) -> None:
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines[:done] if line.endswith("}")]
+        whole = (line for line in lines if line.endswith("}"))  # a kill may cut one short
+        kept = [line for line in whole if json.loads(line)["step"] <= done]
         path.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a", buffering=1)
 

@@ -118,3 +118,11 @@ def test_a_resumed_run_drops_the_steps_after_its_checkpoint(tmp_path: Path) -> N
     second.write(record_of(RESULT, step=6))
     second.close()
     assert steps(path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_step_is_told_twice_where_some_were_lost(tmp_path: Path) -> None:
+    """A machine that crashes may lose lines of steps that its checkpoint has."""
+    path = tmp_path / "losses.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 5, 6, 7)))
+    LossFile(path, done=6).close()
+    assert steps(path) == [1, 2, 5, 6]
