@@ -101,10 +101,12 @@ class Router(TopKRouter):
             allowed_TE = allowed_BE.expand_as(logits).reshape_as(routes_TE)
             gates_TE, routes_TE = gates_TE * allowed_TE, routes_TE & allowed_TE
         if self._capacity_factor is not None and not context.each_alone:
-            capacity = math.ceil(self.topk * len(routes_TE) / self.num_experts * self._capacity_factor)
-            wanted_TE, routes_TE = routes_TE, first_come(routes_TE, capacity)
+            wanted_TE, tokens = _counted(routes_TE, logits.shape[0], context)
+            capacity = torch.ceil(self.topk * tokens.double() / self.num_experts * self._capacity_factor)
+            routes_TE = first_come(wanted_TE, capacity)
             gates_TE = gates_TE * routes_TE
-            self._count_drops(wanted_TE & ~routes_TE, logits.shape[0], context)
+            if not recomputing():
+                self.dropped_routes += (wanted_TE & ~routes_TE).sum()
         self._count(routes_TE, logits.shape[0], context)
         learning = self.training and torch.is_grad_enabled()
         if self.moe.moe_router_load_balancing_type == "btx" and self.balancing_coeff > 0 and learning:
@@ -132,17 +134,13 @@ class Router(TopKRouter):
     def _count(self, routes_TE: Tensor, sequence: int, context: BatchContext) -> None:
         if recomputing():
             return
-        counted_TE = _counted(routes_TE.detach(), sequence, context)
+        counted_TE, _ = _counted(routes_TE.detach(), sequence, context)
         load_E = counted_TE.sum(dim=0)
         self.tokens_per_expert += load_E
         if self.training:
             self.step_load += load_E
         if self.listener is not None:
             self.listener(counted_TE)
-
-    def _count_drops(self, dropped_TE: Tensor, sequence: int, context: BatchContext) -> None:
-        if not recomputing():
-            self.dropped_routes += _counted(dropped_TE, sequence, context).sum()
 
     def get_aux_loss_coeff(self, aux_loss_type: str) -> float:
         """Megatron asks for the weight of its losses by their names."""
@@ -154,6 +152,25 @@ class Router(TopKRouter):
         # every rank holds the whole value already: no group to sum the logged value over
         return self.attach_and_log_load_balancing_loss(
             gates_TE, self.balancing_coeff, self.balancing_coeff * loss, "load_balancing_loss", None
+        )
+
+    def attach_and_log_load_balancing_loss(
+        self,
+        activation: Tensor,
+        aux_loss_coeff: float,
+        aux_loss: Tensor,
+        aux_loss_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Megatron's, with alpha as it is asked for, on any number of DP ranks.
+
+        Its global loss is the sum of what the DP ranks hold; its gradient is averaged over them all the same.
+        """
+        if aux_loss_name == "global_load_balancing_loss":
+            aux_loss = aux_loss * parallel_state.get_data_parallel_world_size()
+        return super().attach_and_log_load_balancing_loss(  # type: ignore[no-any-return]
+            activation, aux_loss_coeff, aux_loss, aux_loss_name, *args, **kwargs
         )
 
     def take_load(self) -> Tensor:
@@ -235,12 +252,16 @@ def recomputing() -> bool:
     return is_checkpointing() and torch.is_grad_enabled()
 
 
-def _counted(routes_TE: Tensor, sequence: int, context: BatchContext) -> Tensor:
-    """Routes [T, E] of the tokens that count; ``sequence`` is this rank's share of it."""
+def _counted(routes_TE: Tensor, sequence: int, context: BatchContext) -> tuple[Tensor, Tensor]:
+    """Routes [T, E] (bool) of the tokens that count, and how many these are.
+
+    ``sequence`` is this rank's share of it.
+    """
     if context.loss_mask is None:
-        return routes_TE
+        return routes_TE, torch.tensor(len(routes_TE))
     mask_SB = context.loss_mask.T[first_position(sequence, context) :][:sequence]
-    return routes_TE * mask_SB.reshape(-1, 1).to(routes_TE)
+    counts_T1 = mask_SB.reshape(-1, 1).bool()
+    return routes_TE & counts_T1, counts_T1.sum()
 
 
 def sampled_top1(noisy_TE: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -282,7 +303,7 @@ def best_of_each_group(logits: Tensor, groups_E: Tensor) -> Tensor:
     return masked
 
 
-def first_come(routes_TE: Tensor, capacity: int) -> Tensor:
+def first_come(routes_TE: Tensor, capacity: Tensor | int) -> Tensor:
     """Routes without those beyond an expert's capacity: earlier tokens are served first (Switch, 2101.03961).
 
     T are this rank's tokens, by position and then by sample. Megatron's policy ``position`` keeps the
@@ -309,31 +330,25 @@ def first_position(sequence: int, context: BatchContext) -> int:
     return sequence * parallel_state.get_tensor_model_parallel_rank()
 
 
-_BALANCING_LOSSES = {
-    "load_balancing_loss": False,
-    "seq_load_balancing_loss": False,
-    "global_load_balancing_loss": True,
-}
-"""Megatron's names of the losses, and whether a value covers the micro-batches of all DP ranks."""
+_BALANCING_LOSSES = ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss")
+"""Megatron's names of the losses."""
 
 
 def take_balancing_loss() -> float:
     """Balancing loss (without alpha) since the last call, summed over this rank's layers and micro-batches.
 
     Sums over ranks give what all TP and CP ranks together hold: the paper's loss is whole on each of them and
-    counts on the first alone, Megatron's come in parts. The global one is a loss of all DP ranks' tokens, of
-    which each holds its part: here it counts DP times, as if each had one of its own.
+    counts on the first alone, Megatron's come in parts.
     """
     tracker, total = get_moe_metrics_tracker(), 0.0
-    for name, of_all in _BALANCING_LOSSES.items():
+    for name in _BALANCING_LOSSES:
         entry = tracker.metrics.get(name)
         if entry is None:
             continue
         whole = entry.reduce_group is None
         first = parallel_state.get_tensor_and_context_parallel_rank() == 0
         if not whole or first:
-            times = parallel_state.get_data_parallel_world_size() if of_all else 1
-            total += float(entry.values.sum()) * times
+            total += float(entry.values.sum())
     tracker.clear()
     return total
 

@@ -80,9 +80,7 @@ def masked_experts_silenced(kind: str, layout: Layout, folder: Path) -> list[flo
     from btx_megatron.evaluation.loss import held_out_loss
 
     run, allowed = Run(kind, layout, folder), [True, True, False, False]
-    samples = [layout_worker.RandomSamples()[i] for i in range(8)]
-    windows = [(s["tokens"].numpy(), s["labels"].numpy(), np.ones(len(s["tokens"]))) for s in samples]
-    options = (run.trainer.model, windows, run.trainer.stage, layout_worker.MODEL.seq_length)
+    options = (run.trainer.model, windows(8), run.trainer.stage, layout_worker.MODEL.seq_length)
     before = held_out_loss(*options, allowed)
     locals_ = EXPERTS // layout.expert_model_parallel_size
     first = parallel_state.get_expert_model_parallel_rank() * locals_
@@ -93,6 +91,22 @@ def masked_experts_silenced(kind: str, layout: Layout, folder: Path) -> list[flo
         if name.endswith("router.weight"):
             weight.data[2:] = float("nan")
     return [before, held_out_loss(*options, allowed), held_out_loss(*options)]
+
+
+def windows(count: int) -> list[tuple[np.ndarray[Any, Any], ...]]:
+    """Held-out windows, all of whose tokens count."""
+    samples = [layout_worker.RandomSamples()[i] for i in range(count)]
+    return [(s["tokens"].numpy(), s["labels"].numpy(), np.ones(len(s["tokens"]))) for s in samples]
+
+
+def filled_up(layout: Layout, folder: Path) -> list[float]:
+    """Held-out loss of one window, with half the room, in batches that empty windows fill up."""
+    from btx_megatron.evaluation.loss import held_out_loss
+
+    run = Run("dropping", layout, folder)
+    stage, length = run.trainer.stage, layout_worker.MODEL.seq_length
+    stages = [replace(stage, training=replace(stage.training, micro_batch_size=size)) for size in (1, 2, 4)]
+    return [held_out_loss(run.trainer.model, windows(1), stage, length) for stage in stages]
 
 
 def resumed(folder: Path) -> dict[str, Any]:
@@ -137,6 +151,7 @@ def main() -> None:
         for name, layout in layouts.items()
     }
     layout = Layout() if world == 1 else EP2
+    result[f"filled up {world}"] = filled_up(layout, folder)
     result[f"silenced {world}"] = {k: masked_experts_silenced(k, layout, folder) for k in MASKED}
     if world == 1:
         result["dropping"] = dropped(folder)

@@ -80,6 +80,12 @@ def test_what_has_no_room_is_dropped_and_counted(result: dict[str, Any]) -> None
         assert max(taken) <= room * micro_batches
 
 
+def test_what_fills_up_a_batch_takes_no_experts_room(result: dict[str, Any]) -> None:
+    """Also where a rank of two has nothing else."""
+    alone, *others = result["filled up 1"]
+    assert [*others, *result["filled up 2"]] == pytest.approx([alone] * 5, abs=1e-6)
+
+
 @pytest.mark.parametrize("kind", EQUATIONS)
 def test_gates_and_losses_are_the_equations(result: dict[str, Any], kind: str) -> None:
     """Values and gradients, against the definitions in docs/methods.md. Shapes: S, B, E; T = S * B."""

@@ -146,12 +146,27 @@ def switch_balance(logits_TE: Tensor) -> Tensor:
     return EXPERTS * (routes.float().mean((0, 1)) * logits_TE.softmax(-1).mean(0)).sum()
 
 
-BALANCES: dict[str, Balance] = {"btx": soft_balance, "aux_loss": switch_balance}
+BALANCES: dict[str, Balance] = {
+    "btx": soft_balance,
+    "aux_loss": switch_balance,
+    "global_aux_loss": switch_balance,
+}
+
+
+def training_for(kind: str, layout: Layout | None = None) -> Training:
+    """The global loss is of the whole batch where all of it is one micro-batch, on the DP ranks together."""
+    if kind != "global_aux_loss":
+        return STEP
+    ranks_of_data = layout.data_parallel_size if layout else 1
+    return replace(STEP, micro_batch_size=STEP.global_batch_size // ranks_of_data)
 
 
 def objective(trainer: Any, balance: Balance) -> tuple[Tensor, Tensor]:
     """What the paper trains on, without alpha, with its graph: mean loss a token of the whole batch, and
     the balancing loss summed over layers and averaged over micro-batches, from the routers' inputs."""
+    from btx_megatron.model.routers import batch_context
+
+    batch_context.loss_mask = None  # that of an earlier step
     model, seen = trainer.model[0].module, []
     routers = [module for name, module in model.named_modules() if name.endswith(".router")]
     for router in routers:
@@ -181,7 +196,8 @@ def balancing_case(kind: str, initial: Path) -> dict[str, Any]:
     from btx_megatron.training.checkpoint import load_weights
 
     moe = Moe(moe_router_load_balancing_type=kind, moe_aux_loss_coeff=ALPHA)  # type: ignore[arg-type]
-    reference = new_trainer(STEP, moe=replace(moe, moe_aux_loss_coeff=0.0))
+    training = training_for(kind)
+    reference = new_trainer(training, moe=replace(moe, moe_aux_loss_coeff=0.0))
     load_weights(initial, reference.model)
     lm_loss, balancing_loss = objective(reference, BALANCES[kind])
     names, parameters = zip(*reference.model[0].module.named_parameters(), strict=True)
@@ -190,9 +206,9 @@ def balancing_case(kind: str, initial: Path) -> dict[str, Any]:
         gradients = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
         case[name] = dict(zip(names, gradients, strict=True))
     for name, coefficient in (("without", 0.0), ("with", ALPHA)):
-        trainer = new_trainer(STEP, moe=replace(moe, moe_aux_loss_coeff=coefficient))
+        trainer = new_trainer(training, moe=replace(moe, moe_aux_loss_coeff=coefficient))
         load_weights(initial, trainer.model)
-        case[f"step {name}"] = trainer.step(stream(STEP))
+        case[f"step {name}"] = trainer.step(stream(training))
         case[name] = gradients_of(trainer)
     return case
 
@@ -202,11 +218,12 @@ def router_gradients(kind: str, layout: Layout, initial: Path) -> list[dict[int,
     from btx_megatron.training.checkpoint import load_weights
 
     found: list[dict[int, Tensor]] = []
+    training = training_for(kind, layout)
     for coefficient in (0.0, ALPHA):
         moe = Moe(moe_router_load_balancing_type=kind, moe_aux_loss_coeff=coefficient)  # type: ignore[arg-type]
-        trainer = new_trainer(STEP, moe=moe, layout=layout)
+        trainer = new_trainer(training, moe=moe, layout=layout)
         load_weights(initial, trainer.model)
-        trainer.step(stream(STEP, layout))
+        trainer.step(stream(training, layout))
         layers = trainer.model[0].module.decoder.layers
         found.append({layer.layer_number - 1: layer.mlp.router.weight.main_grad.clone() for layer in layers})
     without, balanced = found
