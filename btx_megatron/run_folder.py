@@ -5,6 +5,7 @@
                                finished stages, each with its manifest.json
     RUN/.work/<the same>       stages that are under way
     RUN/.locks/STAGE           held by the ``btx`` that works on the stage
+    RUN/.locks/run             held, together, by all that work here by its recipe
     RUN/slurm                  what ``btx submit`` sent to a cluster: scripts, frozen code, logs, job numbers
 
 A stage works below ``.work`` and is renamed into place once it is whole and on disk: no reader ever sees
@@ -35,13 +36,14 @@ from btx_megatron.recipe_file import RECIPE_FILE, parse_recipe, recipe_to_dict
 LOCKS = ".locks"
 
 _CLAIM = "recipe"  # the lock of those who read and write the recipe
+_USE = "run"  # and of those who work by it
 _CLAIM_PATIENCE_SECONDS = 120.0  # hundreds of experts may start at one moment
 _LOCK_PATIENCE_SECONDS = 1.0  # `btx status` holds the lock for a moment
 _FREE_KEYS = re.compile(
-    r"run_folder|launch\..*|slurm\..*|export\..*|compare(\..*)?|data\.(num_workers|loader)|(.*\.)?layout\..*"
-    r"|.*\.(log_interval|save_interval|save_total_limit|save_retain_interval|async_save)"
-    r"|.*\.(max_consecutive_skipped_steps|loss_spike_factor|distributed_timeout_minutes)"
-    r"|.*\.(tensorboard|wandb_project)"
+    r"run_folder|launch\..*|slurm\..*|compare(\..*)?|data\.(num_workers|loader)"
+    r"|(evaluate\.|stage\.|stages\.(?!experts\.)[^.]+\.|stages\.experts\.[^.]+\.)?layout\..*"
+    r"|(.*\.)?training\.(log_interval|save_interval|save_total_limit|save_retain_interval|async_save"
+    r"|max_consecutive_skipped_steps|loss_spike_factor|distributed_timeout_minutes|tensorboard|wandb_project)"
 )
 """Keys that change no result: where and how the work is done. A layout changes the last digits alone."""
 
@@ -72,13 +74,13 @@ class RunFolder:
         """Manifest of a finished stage; None where it is not finished."""
         return read_manifest(self.published(stage))
 
-    def claim(self, recipe: Recipe) -> None:
-        """Make this folder the recipe's run, or find that it is.
+    def claim(self, recipe: Recipe) -> IO[str]:
+        """Make this folder the recipe's run, or find that it is; no other's until what is returned is closed.
 
-        A folder without results is taken over; in one with results the recipe may differ in what changes
-        none (layouts, intervals, launch), and in its tasks until they were asked. Raises UserError if the
-        folder cannot be written or holds other things, or (naming the first key that differs) if another
-        recipe made it.
+        A folder without results, in which nobody works, is taken over; in another the recipe may differ in
+        what changes none (layouts, intervals, launch), in its tasks until they were asked and in its export
+        until that was made. Raises UserError if the folder cannot be written or holds other things, or
+        (naming the first key that differs) if another recipe made it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -87,6 +89,9 @@ class RunFolder:
             refusal = "another btx starts here at this moment; try again"
             with self._locked(_CLAIM, refusal, _CLAIM_PATIENCE_SECONDS):
                 self._claim(recipe)
+                used = (self.path / LOCKS / _USE).open("a")
+                _try_lock(used, fcntl.LOCK_SH)  # nobody holds it alone while we have the claim
+                return used
         except OSError as error:
             raise UserError(
                 f"run_folder {self.path}: {error.strerror}; give a run_folder that can be written"
@@ -96,17 +101,25 @@ class RunFolder:
         resolved = recipe_to_dict(recipe)
         if (self.path / RECIPE_FILE).exists() and self._holds_results():
             made = recipe_to_dict(self.recipe())
-            if self.manifest("evaluate") is None and not self.is_locked("evaluate"):
+            if self._is_to_come("evaluate"):
                 made["evaluate"] |= {key: resolved["evaluate"][key] for key in ("tasks", "execute_code")}
+            if self._is_to_come("export"):
+                made["export"] = resolved["export"]
             difference = first_difference(made, resolved)
             if difference:
                 key, there, here = difference
+                way_out = "give another run_folder"
+                if key.startswith("export."):
+                    way_out = f"delete {self.published('export')} to export again"
                 raise UserError(
                     f"{self.path} was made by another recipe: {key} is {there} there and {here} here; "
-                    "set it back, or give another run_folder"
+                    f"set it back, or {way_out}"
                 )
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
         write_durably(self.path / RECIPE_FILE, text)
+
+    def _is_to_come(self, stage: str) -> bool:
+        return self.manifest(stage) is None and not self.is_locked(stage)
 
     def lock(self, stage: str, patience_seconds: float = _LOCK_PATIENCE_SECONDS) -> IO[str]:
         """Keep every other ``btx`` from a stage until the file that is returned is closed.
@@ -136,15 +149,19 @@ class RunFolder:
         return file
 
     def _holds_results(self) -> bool:
-        """True once a stage is finished, has a checkpoint or is worked on; then the recipe stays."""
+        """True once a stage is finished, has a checkpoint or somebody works here; then the recipe stays."""
         return (
             any(
                 (path / MANIFEST_FILE).exists()
                 for path in [*self.path.iterdir(), *self.path.glob("experts/*")]
             )
             or any(self.path.glob(".work/**/checkpoints/*"))
-            or any(self.is_locked(path.name) for path in (self.path / LOCKS).iterdir() if path.name != _CLAIM)
+            or self._is_used()
         )
+
+    def _is_used(self) -> bool:
+        with (self.path / LOCKS / _USE).open("a") as file:
+            return not _try_lock(file, fcntl.LOCK_EX)
 
     def recipe(self) -> Recipe:
         """The recipe that made this run. Raises UserError if the folder is no run."""

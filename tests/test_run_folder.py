@@ -7,6 +7,8 @@ import errno
 import fcntl
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -76,10 +78,33 @@ def test_a_corrected_recipe_may_take_a_folder_that_holds_no_result(run: RunFolde
     assert run.recipe().model.num_layers == 8
 
 
-def test_another_recipe_is_refused_while_a_stage_is_worked_on(run: RunFolder) -> None:
-    run.claim(RECIPE)
-    with run.lock("prepare"), pytest.raises(UserError, match=r"another recipe: model\.num_layers"):
-        run.claim(other_recipe(model__num_layers=8))
+def test_another_recipe_is_refused_while_somebody_works_by_the_first(run: RunFolder) -> None:
+    """From its start on: also before the first stage is begun, and while another works by the same recipe."""
+    with run.claim(RECIPE), run.claim(RECIPE):
+        with pytest.raises(UserError, match=r"another recipe: model\.num_layers"):
+            run.claim(other_recipe(model__num_layers=8))
+        assert run.recipe().model.num_layers == RECIPE.model.num_layers
+    run.claim(other_recipe(model__num_layers=8)).close()
+
+
+def test_whoever_is_killed_leaves_the_folder_free(run: RunFolder) -> None:
+    program = (
+        "import pickle, sys, time; from btx_megatron.run_folder import RunFolder\n"
+        "used = RunFolder(sys.argv[1]).claim(pickle.load(sys.stdin.buffer)); print('in use', flush=True)\n"
+        "time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, run.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdin.write(pickle.dumps(RECIPE))
+        other.stdin.close()
+        assert other.stdout.readline() == b"in use\n"
+        with pytest.raises(UserError, match="was made by another recipe"):
+            run.claim(other_recipe(model__num_layers=8))
+        other.kill()
+    run.claim(other_recipe(model__num_layers=8)).close()
 
 
 @pytest.mark.parametrize("result", ["data/manifest.json", ".work/seed/checkpoints/iter_0000010"])
@@ -131,6 +156,33 @@ def test_tasks_may_differ_until_they_were_asked(run: RunFolder) -> None:
     publish(run, "evaluate")
     with pytest.raises(UserError, match=r"another recipe: evaluate\.tasks"):
         run.claim(RECIPE)
+
+
+def test_the_export_may_differ_until_it_was_made(run: RunFolder) -> None:
+    run.claim(RECIPE)
+    publish(run, "finetune")
+    run.claim(other_recipe(export__to="hf"))
+    publish(run, "export")
+    other = other_recipe(export__to="megatron-legacy")
+    message = (
+        r"export\.to is hf there and megatron-legacy here; set it back, or delete .*/export to export again"
+    )
+    with pytest.raises(UserError, match=message):
+        run.claim(other)
+    shutil.rmtree(run.published("export"))
+    run.claim(other)
+    assert run.recipe().export.to == "megatron-legacy"
+
+
+@pytest.mark.parametrize("name", ["layout", "training", "export", "log_interval"])
+def test_what_a_domain_is_called_frees_no_key(name: str) -> None:
+    def recipe(lr: float, weight: float, ranks: int) -> dict[str, Any]:
+        training = {"training": {"lr": lr, "log_interval": ranks}, "layout": {"data_parallel_size": ranks}}
+        return {"stages": {"experts": {name: training}, "finetune": {"blend": {name: weight}}}}
+
+    assert first_difference(recipe(1.0, 1.0, 1), recipe(1.0, 1.0, 2)) is None
+    assert first_difference(recipe(1.0, 1.0, 1), recipe(2.0, 1.0, 1)) is not None
+    assert first_difference(recipe(1.0, 1.0, 1), recipe(1.0, 2.0, 1)) is not None
 
 
 def test_added_and_removed_list_items_are_differences() -> None:

@@ -66,9 +66,8 @@ def _run(
     again: bool = False,
     measured: dict[str, Any] | None = None,
 ) -> None:
-    with Supervisor() as supervisor:  # it hears signals from here on
-        run = RunFolder(recipe.run_folder)
-        run.claim(recipe)
+    run = RunFolder(recipe.run_folder)
+    with Supervisor() as supervisor, run.claim(recipe):  # signals are heard from here on
         stages = stages_to_run(stages_of(recipe), run, targets)
         if alone:
             stages = _alone(stages_of(recipe) if again else stages, run, targets)

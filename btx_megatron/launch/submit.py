@@ -80,12 +80,11 @@ def submit(
     for task in recipe.evaluate.tasks:
         check_documents(task, recipe.evaluate.execute_code)
     run = RunFolder(recipe.run_folder)
-    run.claim(recipe)
     names = [stage.name for stage in stages_of(recipe)]
     for name in only:
         if name not in names:
             raise UserError(f"--only {name}: no such stage; the recipe has {', '.join(names)}")
-    with run.lock("submit"):
+    with run.claim(recipe), run.lock("submit"):
         folder = slurm_folder(run)
         lines = _freeze(recipe, folder, update_code)
         requests = _requests(recipe, run, only)
