@@ -12,8 +12,8 @@ from btx_megatron.recipe import Recipe, SlurmJob
 
 SCRIPTS = {
     "prepare": "prepare.sbatch",
-    "cluster": "prepare.sbatch",
-    "import": "prepare.sbatch",
+    "cluster": "mix.sbatch",
+    "import": "mix.sbatch",
     "mix": "mix.sbatch",
     "average": "mix.sbatch",
     "evaluate": "evaluate.sbatch",

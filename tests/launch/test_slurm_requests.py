@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from btx_megatron.errors import UserError
+from btx_megatron.job import Task
 from btx_megatron.launch.allocation import this_allocation
 from btx_megatron.launch.queue import JobState, _from_squeue, job_states
 from btx_megatron.launch.sbatch import JobRequest, job_request
 from btx_megatron.launch.submit import environment_text, submit
-from btx_megatron.pipeline import stages_of
+from btx_megatron.pipeline import PipelineStage, stages_of
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_checks import check_recipe
 from btx_megatron.recipe_file import parse_recipe
@@ -64,6 +65,16 @@ def test_each_stage_asks_for_what_it_needs() -> None:
         resumed = request.script in ("expert.sbatch", "finetune.sbatch", "prepare.sbatch")
         assert ("--signal=B:USR1@300" in request.options) == resumed
         assert (ROOT / "slurm" / request.script).exists()
+
+
+@pytest.mark.parametrize("task", get_args(Task))
+def test_only_what_can_go_on_is_signalled_before_its_time_limit(task: Task) -> None:
+    """By the script as by the request: saved at the limit, what cannot save would begin anew for ever."""
+    request = job_request(recipe_of({}), PipelineStage("seed", task, ()), Path("/logs"))
+    text = (ROOT / "slurm" / request.script).read_text()
+    can_go_on = task in ("train", "prepare")
+    assert ("#SBATCH --signal" in text) == can_go_on
+    assert any(option.startswith("--signal") for option in request.options) == can_go_on
 
 
 def test_a_job_of_all_gpus_takes_all_of_the_node() -> None:
