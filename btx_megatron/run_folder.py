@@ -40,7 +40,7 @@ _USE = "run"  # and of those who work by it
 _CLAIM_PATIENCE_SECONDS = 120.0  # hundreds of experts may start at one moment
 _LOCK_PATIENCE_SECONDS = 1.0  # `btx status` holds the lock for a moment
 _FREE_KEYS = re.compile(
-    r"run_folder|launch\..*|slurm\..*|compare(\..*)?|data\.(num_workers|loader)"
+    r"run_folder|launch\..*|slurm\..*|export\..*|compare(\..*)?|data\.(num_workers|loader)"
     r"|(evaluate\.|stage\.|stages\.(?!experts\.)[^.]+\.|stages\.experts\.[^.]+\.)?layout\..*"
     r"|(.*\.)?training\.(log_interval|save_interval|save_total_limit|save_retain_interval|async_save"
     r"|max_consecutive_skipped_steps|loss_spike_factor|distributed_timeout_minutes|tensorboard|wandb_project)"
@@ -103,17 +103,18 @@ class RunFolder:
             made = recipe_to_dict(self.recipe())
             if self._is_to_come("evaluate"):
                 made["evaluate"] |= {key: resolved["evaluate"][key] for key in ("tasks", "execute_code")}
-            if self._is_to_come("export"):
-                made["export"] = resolved["export"]
             difference = first_difference(made, resolved)
             if difference:
                 key, there, here = difference
-                way_out = "give another run_folder"
-                if key.startswith("export."):
-                    way_out = f"delete {self.published('export')} to export again"
                 raise UserError(
                     f"{self.path} was made by another recipe: {key} is {there} there and {here} here; "
-                    f"set it back, or {way_out}"
+                    "set it back, or give another run_folder"
+                )
+            if made["export"] != resolved["export"] and not self._is_to_come("export"):
+                there, here = made["export"], resolved["export"]
+                raise UserError(
+                    f"{self.published('export')} was made with {there}, the recipe says {here}; "
+                    "set it back, or delete the folder to export again"
                 )
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
         write_durably(self.path / RECIPE_FILE, text)

@@ -19,17 +19,7 @@ from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_file import recipe_to_dict
 from btx_megatron.run_folder import RunFolder, result_keys
 
-_OF_THE_RUN = (
-    "name",
-    "method",
-    "upcycling_match",
-    "baselines",
-    "evaluate",
-    "export",
-    "compare",
-    "training",
-    "stages",
-)
+_OF_THE_RUN = ("name", "method", "upcycling_match", "baselines", "evaluate", "compare", "training", "stages")
 """Of no single stage: which stages there are, and defaults that each stage has taken over. A stage's own part
 of ``stages`` is put back."""
 _READS_OF_MIXTURE: dict[str, dict[str, tuple[str, ...]]] = {
