@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
+from btx_megatron.methods import training_stages
 from btx_megatron.recipe import Recipe, SlurmJob
 from btx_megatron.recipe_numbers import at_least
 
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE")
-_WITHOUT_SIGNAL = ("cluster", "mix", "average", "upcycle", "evaluate", "report", "export")
-"""They have nothing to save; imported stages neither."""
 _OURS = (
     *("--dependency", "--signal", "--requeue", "--open-mode", "--output", "--job-name"),
     *("--nodes", "--ntasks", "--ntasks-per-node"),
@@ -22,9 +21,10 @@ def slurm_problems(recipe: Recipe, stages: Collection[str]) -> Iterator[str]:
     slurm = recipe.slurm
     yield from at_least("slurm", slurm, 0, ("signal_seconds", "max_restarts"))
     yield from _job_problems("slurm", slurm)
-    without = (*_WITHOUT_SIGNAL, *recipe.imported_stages)
-    signalled = {name: job for name, job in slurm.stages.items() if name not in without}
-    for key, job in (("slurm", slurm), *((f"slurm.stages.{name}", job) for name, job in signalled.items())):
+    saving = {"prepare", *training_stages(recipe)}  # the others are not signalled
+    saving |= {name.partition(":")[0] for name in saving}
+    signalled = [(f"slurm.stages.{name}", job) for name, job in slurm.stages.items() if name in saving]
+    for key, job in (("slurm", slurm), *signalled):
         seconds = time_limit_seconds(job.time) if job.time else None
         if seconds is not None and seconds <= slurm.signal_seconds:
             yield (

@@ -133,6 +133,20 @@ def test_refusals(slurm: dict[str, Any], message: str) -> None:
 
 def test_stages_that_are_not_signalled_may_be_short() -> None:
     recipe_of({"stages": {"mix": {"time": "5"}, "evaluate": {"time": "4:00"}}})
+    short, seed = {"time": "5"}, {"pretrained_checkpoint": "x"}
+    tokenizer, mix, stages = {"tokenizer_model": "x"}, {"include_seed": False}, {"seed": seed}
+    recipe_of(
+        {"stages": {"seed": short, "cluster": short}},
+        method="cbtm",
+        mix=mix,
+        stages=stages,
+        tokenizer=tokenizer,
+    )
+    stages = {"experts": {"a": seed}}
+    slurm = {"stages": {"expert:a": short, "upcycle": short}}
+    recipe_of(slurm, baselines=["sparse_upcycling_dm"], stages=stages, tokenizer=tokenizer)
+    with pytest.raises(UserError, match=r"slurm.stages.expert.time 5 is no longer than"):  # b is trained
+        recipe_of({"stages": {"expert": short}}, stages=stages, tokenizer=tokenizer)
 
 
 def test_ranks_that_fill_no_nodes() -> None:
