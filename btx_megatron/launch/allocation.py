@@ -24,6 +24,7 @@ IN_A_JOB = "BTX_SLURM_JOB"
 
 _WORKER = "-m btx_megatron.launch.worker"
 _FIRST_PORT, _PORTS = 20_000, 10_000
+_SECONDS_TO_START = 1800  # nodes of a cloud may still be booting
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ class Allocation(Machine):
             "--export=ALL",  # sites' SBATCH_EXPORT=NONE would take away what the script has set
             # Slurm may hold cores for a step of a start that a node's death ended; ours is the only step
             "--overlap",
+            # a start that gets no resources would wait until the job's time limit
+            f"--immediate={_SECONDS_TO_START}",
             *self.srun_options,
             "bash",
             "-c",

@@ -32,6 +32,7 @@ _KILL_PATIENCE_SECONDS = 30.0
 _LOG_TAIL_BYTES = 20_000
 _CAUSE = re.compile(
     r"(?!.*ChildFailedError)[\w.]*(Error|Exception|Exit)\b.*|.*(Signal \d+ .* received by PID).*"
+    r"|srun: error: Unable to create step .*"
 )
 
 

@@ -140,6 +140,10 @@ def test_a_crash_after_a_stop_request_is_a_crash(tmp_path: Path) -> None:
             "print('torch.distributed.elastic.multiprocessing.errors.ChildFailedError: x'); exit(1)",
             "traceback : Signal 9 (SIGKILL) received by PID 7 (exit code 1)",
         ),
+        (
+            "print('srun: error: Unable to create step for job 1: Requested nodes are busy'); exit(1)",
+            "srun: error: Unable to create step for job 1: Requested nodes are busy (exit code 1)",
+        ),
     ],
 )
 def test_an_end_without_a_word_is_explained_from_the_log(tmp_path: Path, code: str, message: str) -> None:
