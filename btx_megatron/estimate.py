@@ -51,9 +51,12 @@ def parameter_counts(
     )
 
 
-def recipe_parameter_counts(recipe: Recipe) -> ParameterCounts:
-    """The counts of the models that a recipe makes. Raises UserError as vocab_size does."""
-    experts = len(recipe.expert_names)
+def recipe_parameter_counts(recipe: Recipe, experts: int | None = None) -> ParameterCounts:
+    """The counts of the models that a recipe makes. Raises UserError as vocab_size does.
+
+    ``experts``: of the mixture; by default as many as the recipe mixes.
+    """
+    experts = experts or len(recipe.expert_names)
     topk, width = recipe.moe.mean_topk(experts, recipe.model.num_layers), recipe.expert_ffn_hidden_size
     return parameter_counts(recipe.model, vocab_size(recipe), experts, topk, width)
 

@@ -58,6 +58,8 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
     }
     if scaling.get("rope_type", scaling.get("type", "default")) == "default":
         scaling = {}
+    elif scaling.get("rope_type") == "llama3":
+        _positive(scaling, "factor", f"{where}: rope_scaling")
     heads = _get(config, "num_attention_heads", where)
     groups = _get({"num_key_value_heads": heads} | _said(config), "num_key_value_heads", where)
     if heads % groups:

@@ -95,6 +95,10 @@ class DistCheckpoint:
         skipped = sum((at - first) * step for at, first, step in leading)
         shape, offset = chunk.shape[len(index) :], chunk.offset[len(index) :]
         stride = block.stride[len(index) :]
+        if len(shape) not in (1, 2):
+            raise UserError(
+                f"{self.folder}: {name} is no matrix and no vector: no weight of a Llama or Mixtral"
+            )
         rows, cols = shape if len(shape) == 2 else (*shape, 1)
         row, col = offset if len(offset) == 2 else (*offset, 0)
         step = stride[0] if rows > 1 else cols

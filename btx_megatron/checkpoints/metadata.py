@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from btx_megatron.checkpoints.torch_zip import PATHS
 from btx_megatron.errors import UserError
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -46,8 +47,6 @@ _ALLOWED = {
         )
     ),
 }
-
-_PATHS = {("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"), ("pathlib._local", "PosixPath")}
 
 Box = tuple[int, ...]
 
@@ -101,7 +100,7 @@ def _path(*parts: str) -> str:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _PATHS:
+        if (module, name) in PATHS:
             return _path
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint index holds")

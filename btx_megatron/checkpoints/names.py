@@ -38,12 +38,13 @@ DENSE_TO_MOE = {
 ROUTER = "decoder.layers.mlp.router.weight"  # L E H
 EXPERTS = "decoder.layers.mlp.experts."
 
-_NOT_WEIGHTS = re.compile(r"optimizer\.|rng_state|common_state|.*_extra_state")
+_NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|common_state|.*_extra_state")
 _ONE_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 def is_weight(key: str) -> bool:
-    """False for optimizer state, generators, common state and the empty ``_extra_state`` of local layers."""
+    """False for optimizer state (of one optimizer or of several, chained), generators, common state and the
+    empty ``_extra_state`` of local layers."""
     return not _NOT_WEIGHTS.match(key)
 
 

@@ -23,14 +23,14 @@ def partial_of(output: Path) -> Path:
 @contextlib.contextmanager
 def published(output: Path) -> Iterator[Path]:
     """A folder to fill, ours alone; renamed to ``output`` at the end, or deleted if that is not reached."""
-    _check_free(output)
+    check_free(output)
     partial = partial_of(output)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{output}: lies in a file, not in a folder; name another --output") from None
     with _locked(partial.with_suffix(".lock"), output):
-        _check_free(output)  # another may have written it before we had the lock
+        check_free(output)  # another may have written it before we had the lock
         _remove(partial)  # what one left that was killed
         partial.mkdir()
         try:
@@ -44,7 +44,8 @@ def published(output: Path) -> Iterator[Path]:
             raise
 
 
-def _check_free(output: Path) -> None:
+def check_free(output: Path) -> None:
+    """Raise UserError where something lies there, or nothing may be put."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists; delete it, or name another --output")
     if output.resolve() == Path.cwd():

@@ -46,11 +46,11 @@ _DTYPES = {
 }
 _STORAGES = {dtype: name for name, dtype in _DTYPES.items()}
 _INERT = ("torch", "numpy", "megatron", "transformer_engine")
-_HARMLESS = {
-    ("signal", "Signals"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-}  # in saved arguments
+PATHS = {
+    (module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")
+}
+"""Of paths, as Python up to 3.12 and Python 3.13 pickle them."""
+_HARMLESS = {("signal", "Signals"), *PATHS}  # in saved arguments
 _ALIGNMENT = 64  # as torch's own files, so that they can be memory-mapped
 _LARGE = 0xFFFFFFFF  # sizes from here on need zip64
 

@@ -181,7 +181,12 @@ def verify(
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="PATH", help="For --loss: tokenizer.json or a SentencePiece model.")
     ] = None,
-    seq_length: Annotated[int, typer.Option(help="For --loss: tokens a window.")] = 512,
+    seq_length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="For --loss: tokens a window; 512, or the model's context if less."
+        ),
+    ] = None,
 ) -> None:
     """Re-read a checkpoint: shapes, finite values, distinct experts, hashes."""
     with quick_import():

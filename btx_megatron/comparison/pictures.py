@@ -96,9 +96,10 @@ def load_figure(variants: dict[str, Any]) -> Figure:
     axis = figure.subplots()
     for (name, told), color in zip(variants.items(), _cycle(len(variants)), strict=True):
         experts = len(told["routing"][0]["experts"])
-        steps = [record["step"] for record in told["load_by_step"][0]]
+        logs = told["load_by_step"]  # of a random seed each, which may have been logged at other steps
+        steps = sorted(set.intersection(*({record["step"] for record in log} for log in logs)))
         for bound, style in (("min", "-"), ("max", ":")):
-            values = [[np.mean(record[bound]) for record in of_seed] for of_seed in told["load_by_step"]]
+            values = [[np.mean(record[bound]) for record in log if record["step"] in steps] for log in logs]
             label = name if bound == "min" else None
             axis.plot(steps, np.mean(values, axis=0) * experts, color=color, linestyle=style, label=label)
     axis.axhline(1, color="0.7", linewidth=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from btx_megatron.errors import UserError
 from btx_megatron.estimate import recipe_parameter_counts
 from btx_megatron.evaluation.page import machine_text
 from btx_megatron.evaluation.report import MEAN
-from btx_megatron.evaluation.rows import EVALUATION_FILE, MOE_ROWS, ensemble_rows, opted_out
+from btx_megatron.evaluation.rows import EVALUATION_FILE, MOE_ROWS, ensemble_rows, opted_out, rows_of
 from btx_megatron.methods import main_stage
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_compare import LEAST_LOAD, TASK, Prediction
@@ -84,8 +85,15 @@ def keep(of_seed: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = seed_file(out, of_seed["random_seed"])
     if path.exists() and _read(path).get("recipes") != of_seed["recipes"]:
-        path.rename(path.with_suffix(".json.before"))
+        path.rename(_unused(path))
     write_durably(path, json.dumps(of_seed) + "\n")
+
+
+def _unused(path: Path) -> Path:
+    """``seed-1.json`` -> ``seed-1.json.before``, or the first of ``.before-2``, ... that is not there."""
+    before = path.with_suffix(".json.before")
+    others = (before.with_name(f"{before.name}-{number}") for number in count(2))
+    return next(name for name in chain([before], others) if not name.exists())
 
 
 def kept(variants: list[Variant], out: Path) -> dict[str, Any] | None:
@@ -222,7 +230,9 @@ def _row(row: Row, run: _Run) -> dict[str, Any]:
     own = row.name == row.variant
     ensemble = row.row in ensemble_rows(run.recipe)  # several models
     is_mixture = row.row in MOE_ROWS or opted_out(row.row)
-    counts = asdict(recipe_parameter_counts(run.recipe))
+    made_by = rows_of(run.recipe).get(row.row)  # a mixture that was grown had fewer experts
+    experts = run.recipe.num_experts(made_by) if made_by else None
+    counts = asdict(recipe_parameter_counts(run.recipe, experts))
     return {
         "variant": row.variant if own else None,
         "held_out_loss": run.losses(row.row),

@@ -18,6 +18,7 @@ from btx_megatron.evaluation.rows import (
     MOE_ROWS,
     WITHOUT,
     all_rows,
+    ensemble_rows,
     main_row,
     rows_of,
     spent_on,
@@ -92,7 +93,9 @@ def _identity(variant: Variant, row: str) -> tuple[str, ...]:
     recipe, keys = variant.recipe, variant.keys
     stages = [rows_of(recipe)[row]] if row in rows_of(recipe) else spent_on(recipe, row)
     own = row if row not in rows_of(recipe) or row.startswith(WITHOUT) else ""
-    router = ""  # the same weights may be routed otherwise
+    router, sources = "", ""  # the same weights may be routed otherwise
     if row in MOE_ROWS:
         router = json.dumps({k: v for k, v in asdict(recipe.moe).items() if k not in _FOR_TRAINING})
-    return (own, router, *(keys[stage] for stage in stages))
+    if row in ensemble_rows(recipe):  # of the experts, and of the seed where it joins them
+        sources = json.dumps(recipe.source_names)
+    return (own, router, sources, *(keys[stage] for stage in stages))

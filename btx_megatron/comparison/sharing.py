@@ -7,6 +7,7 @@ whose manifests then say the same fingerprints as if it had been made there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_megatron.pipeline import PipelineStage, stages_of
-from btx_megatron.recipe import Recipe
+from btx_megatron.recipe import MATCHED_STAGES, Recipe
 from btx_megatron.recipe_file import recipe_to_dict
 from btx_megatron.run_folder import RunFolder, result_keys
 
@@ -69,6 +70,8 @@ def read_by(stage: PipelineStage, tree: dict[str, Any]) -> dict[str, Any]:
     if stage.task in ("train", "import"):
         stages = tree["stages"]
         part["stage"] = stages["experts"][domain] if kind == "expert" else stages.get(kind)
+        if kind in MATCHED_STAGES and not stages[kind]["blend"]:
+            part["blend"] = stages["finetune"]["blend"]  # data/weights.py, stage_blend
     return part
 
 
@@ -94,4 +97,5 @@ def link_finished(
 def _link(source: Path, target: Path) -> None:
     """Relative, so that the whole comparison may be moved."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.symlink_to(os.path.relpath(source, target.parent.resolve()))
+    with contextlib.suppress(FileExistsError):  # another comparison in this folder has just done it
+        target.symlink_to(os.path.relpath(source, target.parent.resolve()))

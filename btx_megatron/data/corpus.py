@@ -200,10 +200,16 @@ def _package_folder(name: str, source: Source, domain: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def _cannot_be_read(error: OSError) -> None:
+    raise UserError(
+        f"{error.filename}: cannot be read ({error.strerror}); exclude it, or mend its permissions"
+    )
+
+
 def _walk(root: Path) -> Iterator[tuple[str, Path]]:
     """Files below ``root`` with their names relative to it; linked folders are entered, once each."""
     entered: set[tuple[int, int]] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=_cannot_be_read, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in entered:
             folders.clear()

@@ -16,12 +16,15 @@ from btx_megatron.errors import UserError
 from btx_megatron.evaluation.alone import EMBEDDING, loaded_model, need_megatron
 from btx_megatron.evaluation.text import encode_file, tokenizer_file
 
+_SEQ_LENGTH = 512
+
 
 def checkpoint_loss(
-    path: Path, text: Path, tokenizer: Path | None = None, seq_length: int = 512
+    path: Path, text: Path, tokenizer: Path | None = None, seq_length: int | None = None
 ) -> dict[str, Any]:
     """Loss in nats a token over windows of ``seq_length``, each token of ``text`` counted once, without bos.
 
+    ``seq_length``: by default 512, or what the model reads where that is less.
     The tokenizer is ``tokenizer`` (a ``tokenizer.json`` or a SentencePiece ``.model``), else the one beside
     the weights, else that of the run the checkpoint lies in. Raises UserError where text, tokenizer or
     Megatron is missing, or the model has a RoPE scaling.
@@ -29,6 +32,7 @@ def checkpoint_loss(
     need_megatron("--loss")
     source = open_checkpoint(path)
     config = config_of(source)
+    seq_length = seq_length or min(_SEQ_LENGTH, config.seq_length)
     ids = encode_file(tokenizer_file(source.folder, tokenizer), text)
     rows = source.tensors[EMBEDDING].shape[0]
     if max(ids) >= rows:

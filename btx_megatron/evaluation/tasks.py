@@ -50,7 +50,7 @@ def _humaneval_program(document: Document, answer: str) -> str:
 
 
 def _mbpp_program(document: Document, answer: str) -> str:
-    return "\n".join([answer, *document["test_list"], ""])
+    return "\n".join([document["test_setup_code"], answer, *document["test_list"], ""])
 
 
 def _take_mbpp(document: Document) -> Document:
@@ -58,7 +58,14 @@ def _take_mbpp(document: Document) -> Document:
     if len(tests) < 3:
         raise ValueError("test_list has fewer than three tests, which the prompt shows")
     text = document.get("text") or document["prompt"]
-    return {"text": _text(text), "code": _text(document["code"]), "test_list": tests}
+    imports = document.get("test_imports") or []  # the sanitized form's name for what the tests need
+    setup = "\n".join(_text(line) for line in [*imports, document.get("test_setup_code") or ""])
+    return {
+        "text": _text(text),
+        "code": _text(document["code"]),
+        "test_list": tests,
+        "test_setup_code": setup.strip(),
+    }
 
 
 def _take_nq(document: Document) -> Document:

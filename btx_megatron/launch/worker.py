@@ -20,7 +20,7 @@ from typing import Any
 
 from btx_megatron.errors import Stopped
 from btx_megatron.job import CHECKPOINTS, LAUNCH_FILES, Job, Task, read_job
-from btx_megatron.manifest import package_versions
+from btx_megatron.manifest import EXPORTED, package_versions
 from btx_megatron.quick_import import quick_import
 from btx_megatron.recipe import GROWN_FROM, SEED
 from btx_megatron.recipe_file import recipe_to_dict
@@ -141,7 +141,7 @@ def _export(job: Job) -> dict[str, Any]:
 
     (source,) = job.inputs
     settings, progress = job.recipe.export, Progress(job.work_folder)
-    target = job.work_folder / "model"
+    target = job.work_folder / EXPORTED
     output = Output(target, settings.to, approximate=settings.approximate, progress=progress)
     return {"outputs": {"tensors": convert(_checkpoints(job, source), output)}}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from btx_megatron.checkpoints.formats import FORMATS, Format, Parallel, config_of, format_of, open_checkpoint
+from btx_megatron.checkpoints.published import check_free
 from btx_megatron.checkpoints.stream import Effort
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import read_manifest
@@ -18,7 +19,9 @@ from btx_megatron.mixing.experts import Kind
 from btx_megatron.mixing.flags import megatron_flags
 from btx_megatron.mixing.grow import count_experts
 from btx_megatron.mixing.mix import (
+    Job,
     Output,
+    check_apart,
     convert,
     drop,
     drop_job,
@@ -135,7 +138,7 @@ def run_mix(
     kind = _format(to, next(iter(sources.values())), parallel, approximate)
     if dry_run:
         job = mix_job(sources, options, base, text, look=True)
-        print(dry_run_text(job, kind, parallel, effort, approximate))
+        _dry_run(job, output, kind, parallel, effort, approximate)
         return
     started = time.perf_counter()
     progress = _TerminalProgress() if sys.stderr.isatty() else None
@@ -168,7 +171,7 @@ def run_grow(
             if dropped is not None
             else grow_job(moe, name, path, share=share, options=options, look=True)
         )
-        print(dry_run_text(job, kind, parallel, effort, approximate))
+        _dry_run(job, output, kind, parallel, effort, approximate)
         return
     target = Output(output, kind, parallel, effort, manifest=True, approximate=approximate)
     if dropped is not None:
@@ -178,6 +181,14 @@ def run_grow(
     print(f"{output}: {count_experts(open_checkpoint(output))} experts, {kind}")
     _print_notes(output)
     _print_flags(output, kind, parallel)
+
+
+def _dry_run(
+    job: Job, output: Path, kind: Format, parallel: Parallel, effort: Effort, approximate: bool
+) -> None:
+    check_free(output)
+    check_apart(output, job.opened)
+    print(dry_run_text(job, kind, parallel, effort, approximate))
 
 
 def run_convert(

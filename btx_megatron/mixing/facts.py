@@ -14,7 +14,7 @@ from btx_megatron.checkpoints.names import has_expert_axis
 from btx_megatron.checkpoints.pieces import Source, TensorInfo, dtype_name
 from btx_megatron.checkpoints.tokenizer_files import JSON, MODEL, find_tokenizer
 from btx_megatron.errors import UserError
-from btx_megatron.manifest import MANIFEST_FILE, Manifest, read_manifest
+from btx_megatron.manifest import manifest_of_weights
 
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -44,7 +44,7 @@ def facts_of(path: Path, source: Source) -> tuple[Facts, list[str]]:
     """A checkpoint's facts, and warnings of what could not be read of them."""
     config, came_from, warnings = _config(source), {}, []
     try:
-        came_from = _came_from(path, source)
+        came_from = _came_from(source)
     except UserError as error:
         warnings.append(str(error))
     sizes = {name: _parameters(name, info, config) for name, info in source.tensors.items()}
@@ -93,12 +93,12 @@ def _tokenizer(source: Source) -> dict[str, str]:
     }
 
 
-def _came_from(path: Path, source: Source) -> dict[str, str]:
+def _came_from(source: Source) -> dict[str, str]:
     found: dict[str, str] = {}
     common = getattr(source, "common", None)
     if isinstance(common, Mapping) and isinstance(recipe := common.get("recipe"), Mapping):
         found["recipe"] = str(recipe.get("name"))
-    manifest = _manifest(path, source)
+    manifest = manifest_of_weights(source.folder)
     if manifest is not None:
         found |= {"stage": manifest.stage, "created": manifest.created}
         if isinstance(name := manifest.recipe.get("name"), str):
@@ -110,11 +110,3 @@ def _came_from(path: Path, source: Source) -> dict[str, str]:
         if manifest.code_commit:
             found["code_commit"] = manifest.code_commit
     return found
-
-
-def _manifest(path: Path, source: Source) -> Manifest | None:
-    """The manifest of the checkpoint's stage: in the folder that was named, or just above the weights."""
-    for folder in (path, source.folder, *source.folder.parents[:2]):
-        if (folder / MANIFEST_FILE).exists():
-            return read_manifest(folder)
-    return None

@@ -278,7 +278,7 @@ def _write(job: Job, output: Output) -> dict[str, Any]:
         raise UserError(
             f"{first.folder}: says nothing of its model (no args, no recipe), which --to {to} needs"
         )
-    _check_apart(output.path, opened)
+    check_apart(output.path, opened)
     recipe = {"recipe": dict(output.recipe)} if output.recipe else {}
     started = time.perf_counter()
 
@@ -286,7 +286,7 @@ def _write(job: Job, output: Output) -> dict[str, Any]:
         settings: dict[str, Any] = {
             "format": to,
             "options": asdict(options) if options is not None else None,
-            "sources": {name: str(source.folder) for name, source in opened.all.items()},
+            "sources": {name: str(source.folder.absolute()) for name, source in opened.all.items()},
         }
         if isinstance(text, RouterText):
             settings["router_text"] = {name: _file_facts(path) for name, path in text.texts.items()}
@@ -319,7 +319,7 @@ def _file_facts(path: Path) -> dict[str, str]:
     return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def _check_apart(output: Path, opened: Opened) -> None:
+def check_apart(output: Path, opened: Opened) -> None:
     """Raise UserError where the output would lie in a source, or take the place of one."""
     for target in (output.resolve(), partial_of(output).resolve()):
         for source in opened.all.values():

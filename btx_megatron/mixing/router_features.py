@@ -12,6 +12,7 @@ This needs Megatron, runs in one process in fp32, and holds the averaged model a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,11 @@ def _whole_windows(ids: NDArray[np.int64], sequence: int) -> list[Window]:
 
 
 def _feature_sums(loaded: Loaded, windows: list[list[Window]], hidden: int) -> list[FeatureSums]:
-    """One of each layer."""
+    """One of each layer. Windows are read one by one: empty ones that fill up a batch would count as text."""
     from btx_megatron.evaluation.loss import held_out_loss
     from btx_megatron.model.build import unwrap
 
+    stage = replace(loaded.stage, training=replace(loaded.stage.training, micro_batch_size=1))
     layers: Any = unwrap(loaded.model[0]).decoder.layers  # type: ignore[union-attr]
     sums = [FeatureSums(len(windows), hidden) for _ in layers]
     for expert, its in enumerate(windows):
@@ -95,7 +97,7 @@ def _feature_sums(loaded: Loaded, windows: list[list[Window]], hidden: int) -> l
             layer.mlp.register_forward_pre_hook(lambda _, inputs, number=number: take(number, inputs[0]))
             for number, layer in enumerate(layers)
         ]
-        held_out_loss(loaded.model, its, loaded.stage, loaded.seq_length)
+        held_out_loss(loaded.model, its, stage, loaded.seq_length)
         for hook in hooks:
             hook.remove()
     return sums

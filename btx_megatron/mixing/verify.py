@@ -14,16 +14,16 @@ from btx_megatron.checkpoints.pieces import Index, dtype_name
 from btx_megatron.checkpoints.stream import hash_parts, tensor_hash
 from btx_megatron.checkpoints.tracker import TRACKER, find_checkpoint
 from btx_megatron.errors import UserError
-from btx_megatron.manifest import read_manifest
+from btx_megatron.manifest import manifest_of_weights
 
-_COPIES = re.compile(r"copies|virtual")
+_COPIES = re.compile(r"copy|copies|virtual")
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Check every weight: finite, experts distinct, and (where a manifest lies above) shape and hash.
+    """Check every weight: finite, experts distinct, and (where there is a manifest) shape and hash.
 
-    Experts may be alike where the manifest says that they are copies. Returns how much was checked. Raises
-    UserError that names the first tensor that fails.
+    Experts may be alike where the manifest says that they are copies, or were copied as they were. Returns
+    how much was checked. Raises UserError that names the first tensor that fails.
     """
     source = open_checkpoint(path)
     expected = _manifest_tensors(source.folder)
@@ -78,7 +78,5 @@ def _manifest_tensors(folder: Path) -> dict[str, Any] | None:
     tracked = (folder.parent / TRACKER).exists()
     if tracked and find_checkpoint(folder.parent) != folder:
         return None
-    for above in (folder, *folder.parents[:2]):
-        if manifest := read_manifest(above):
-            return manifest.outputs.get("tensors")
-    return None
+    manifest = manifest_of_weights(folder)
+    return manifest.outputs.get("tensors") if manifest is not None else None

@@ -117,5 +117,11 @@ def test_names() -> None:
     assert has_layer_axis("decoder.layers.mlp.router.weight")
     assert not has_expert_axis("decoder.layers.mlp.router.weight")
     assert has_expert_axis("decoder.layers.mlp.experts.experts.linear_fc2.weight")
-    for key in ("optimizer.state.exp_avg.x", "rng_state/shard_0_1", "a.b._extra_state/shard_0_2"):
+    for key in (
+        "optimizer.state.exp_avg.x",
+        "chained_0.optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight",
+        "chained_12.optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.float32).bucket_idx_0.param",
+        "rng_state/shard_0_1",
+        "a.b._extra_state/shard_0_2",
+    ):
         assert not is_weight(key)

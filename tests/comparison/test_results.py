@@ -22,6 +22,7 @@ from btx_megatron.comparison.page import (
     page_blocks,
     print_results,
 )
+from btx_megatron.comparison.pictures import load_figure
 from btx_megatron.comparison.results import gather, keep, kept, write_results
 from btx_megatron.comparison.variants import Variant, expand
 from btx_megatron.errors import UserError
@@ -218,6 +219,21 @@ def test_what_was_kept_of_another_recipe_is_moved_aside(tmp_path: Path) -> None:
     keep(told | {"recipes": {"btx": "2"}}, tmp_path)
     assert json.loads((tmp_path / "seed-3.json.before").read_text())["more"] == 1
     assert json.loads((tmp_path / "seed-3.json").read_text())["recipes"] == {"btx": "2"}
+    for again, name in ((1, "before-2"), (2, "before-3")):  # nothing that was moved aside is lost
+        old = json.loads((tmp_path / "seed-3.json").read_text())
+        keep(told | {"recipes": {"btx": str(again)}}, tmp_path)
+        assert json.loads((tmp_path / f"seed-3.json.{name}").read_text()) == old
+    assert json.loads((tmp_path / "seed-3.json.before").read_text())["more"] == 1
+
+
+def test_random_seeds_may_be_logged_at_other_steps() -> None:
+    def log(*steps: int) -> list[dict[str, Any]]:
+        return [{"step": step, "min": [0.01 * step, 0.01 * step], "max": [0.5, 0.5]} for step in steps]
+
+    told = {"routing": [{"experts": ["a", "b"]}], "load_by_step": [log(10, 20, 30, 40), log(20, 40)]}
+    line = load_figure({"btx": told}).axes[0].lines[0]
+    assert list(line.get_xdata()) == [20, 40]
+    assert list(line.get_ydata()) == pytest.approx([0.4, 0.8])
 
 
 def test_an_expert_that_is_dead_in_one_layer_is_seen() -> None:

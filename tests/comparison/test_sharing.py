@@ -74,6 +74,18 @@ def test_baseline_and_method_are_one_stage(tmp_path: Path) -> None:
         assert equal(beside, alone) == {"prepare", "seed", *stages}
 
 
+@pytest.mark.parametrize("stage", ["dense", "sparse_upcycling_dm", "sparse_upcycling_cm"])
+def test_stages_in_the_place_of_finetune_read_its_blend(tmp_path: Path, stage: str) -> None:
+    """Where they have none of their own."""
+    other = "stages.finetune.blend={json: 1}"
+    variants = {"a": [], "b": [other], "c": [other, f"stages.{stage}.blend={{json: 1, mail: 1}}"]}
+    path = write_recipe(tmp_path, variants={"x": [f"baselines=[{stage}]"]})
+    keys = [expand(path, overrides)[0].keys[stage] for overrides in variants.values()]
+    assert len(set(keys)) == 3
+    (own,) = expand(path, [f"stages.{stage}.blend={{json: 1, mail: 1}}"])
+    assert own.keys[stage] == keys[2]
+
+
 def finish(variant: Variant, stage: str) -> None:
     """Publish a stage with a file in it."""
     work = variant.run.work(stage)

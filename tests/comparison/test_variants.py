@@ -176,6 +176,13 @@ def test_rows_are_each_model_once(tmp_path: Path) -> None:
     ]
 
 
+def test_an_ensemble_without_the_seed_is_another_row(tmp_path: Path) -> None:
+    variants = {"btm": ["method=btm"], "noseed": ["method=btm", "mix.include_seed=false"]}
+    rows = [row.name for row in rows_of_comparison(expand(write_recipe(tmp_path, variants=variants), []))]
+    for row in ("btm:top-1", "btm:top-2", "btm:uniform", "btm:cached", "btm:parameters"):
+        assert {row, f"noseed/{row}"} <= set(rows)
+
+
 def test_predictions_are_about_rows_that_there_will_be(tmp_path: Path) -> None:
     variants = expand(write_recipe(tmp_path), [])
     check_predictions(

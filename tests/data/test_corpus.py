@@ -1,3 +1,4 @@
+import errno
 import os
 import re
 from pathlib import Path
@@ -114,6 +115,22 @@ def test_a_broken_link_is_an_error_and_a_circle_of_links_is_not(tmp_path: Path) 
     assert set(texts(read(Source(path=str(tmp_path))))) == {"a/x.txt"}
     os.symlink("nowhere", tmp_path / "lost.txt")
     with pytest.raises(UserError, match=r"lost\.txt: cannot be read"):
+        read(Source(path=str(tmp_path)))
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text would be missing without a word. (The superuser may read all folders.)"""
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\)"):
         read(Source(path=str(tmp_path)))
 
 

@@ -143,6 +143,25 @@ def test_mbpp_shows_its_tests(tmp_path: Path) -> None:
     assert parrot.asked[1][0].endswith("assert double(2) == 4\n[BEGIN]\n")
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"test_imports": ["import math"]},
+        {"test_setup_code": "import math", "test_imports": []},
+        {"test_imports": None, "test_setup_code": "import math"},
+    ],
+)
+def test_mbpp_runs_what_its_tests_need(tmp_path: Path, more: dict[str, Any]) -> None:
+    document = {
+        "prompt": "A third.",
+        "code": "def third(a):\n    return a / 3",
+        "test_list": [f"assert math.isclose(third({n}), {n}/3)" for n in range(3)],
+    }
+    answers = [document["code"]]
+    assert scores_of(Parrot(answers), written(tmp_path, "mbpp", [document | more]), True)["value"] == 1
+    assert scores_of(Parrot(answers), written(tmp_path, "mbpp", [document]), True)["value"] == 0
+
+
 def test_mbpp_shows_examples_with_their_programs(tmp_path: Path) -> None:
     examples = tmp_path / "examples.jsonl"
     examples.write_text(json.dumps(DOCUMENTS["mbpp"][0]))

@@ -71,7 +71,7 @@ def with_texts(folder: Path) -> list[str]:
     return [part for name in WORDS for part in ("--router-text", f"{name}={folder / name}.txt")]
 
 
-def features(folder: Path) -> list[list[Tensor]]:
+def features(folder: Path, windows: int = 4) -> list[list[Tensor]]:
     """By layer and expert: what stands in front of the feed-forward in the averaged model, in fp64."""
     models = [LlamaForCausalLM.from_pretrained(folder / name) for name in WORDS]
     average = copy.deepcopy(models[0]).double()
@@ -82,9 +82,8 @@ def features(folder: Path) -> list[list[Tensor]]:
         block.mlp.register_forward_pre_hook(lambda _, inputs, layer=layer: taken[layer].append(inputs[0]))
     for name in WORDS:
         ids = [vocabulary()[word] for word in (folder / f"{name}.txt").read_text().split()]
-        windows = torch.tensor(ids[:256]).reshape(4, 64)  # of 299 that the shorter text predicts
         with torch.no_grad():
-            average(windows)
+            average(torch.tensor(ids[: windows * 64]).reshape(windows, 64))
     return [[states.reshape(-1, HIDDEN) for states in taken[layer]] for layer in range(LAYERS)]
 
 
@@ -113,7 +112,7 @@ def ridge(states: list[Tensor]) -> Tensor:
 def test_rows_are_those_of_a_forward_pass_in_transformers(folder: Path, kind: str, expected) -> None:  # type: ignore[no-untyped-def]
     done = mix(folder, kind, "--router-init", kind, *with_texts(folder))
     assert done.returncode == 0, done.stderr
-    reference = [expected(states) for states in features(folder)]
+    reference = [expected(states) for states in features(folder)]  # the shorter text predicts 299 tokens
     for layer, rows in enumerate(gates(folder, kind).double()):
         torch.testing.assert_close(rows, reference[layer], rtol=2e-4, atol=2e-4)
         for own, states in enumerate(features(folder)[layer]):
@@ -121,6 +120,18 @@ def test_rows_are_those_of_a_forward_pass_in_transformers(folder: Path, kind: st
     manifest = json.loads((folder / kind / "manifest.json").read_text())
     assert set(manifest["recipe"]["router_text"]) == set(WORDS)
     assert btx("verify", folder / kind).returncode == 0
+
+
+def test_a_text_of_one_window_counts_alone(folder: Path, tmp_path: Path) -> None:
+    """Nothing fills up a batch."""
+    for name in WORDS:
+        words = (folder / f"{name}.txt").read_text().split()
+        (tmp_path / f"{name}.txt").write_text(" ".join(words[:70]))
+    short = [part for name in WORDS for part in ("--router-text", f"{name}={tmp_path / name}.txt")]
+    done = mix(folder, "short", "--router-init", "centroid", *short)
+    assert done.returncode == 0, done.stderr
+    for states, rows in zip(features(folder, windows=1), gates(folder, "short").double(), strict=True):
+        torch.testing.assert_close(rows, centroid(states), rtol=2e-4, atol=2e-4)
 
 
 def test_a_split_expert_has_its_sources_row_in_all_chunks(folder: Path) -> None:

@@ -127,3 +127,15 @@ def test_mistakes_are_one_line(llama: Path, text: str, tokenizer: str | None, me
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_windows_are_no_longer_than_the_model_reads(llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text(" ".join(WORDS[i * i % len(WORDS)] for i in range(150)))
+    told = [
+        btx("verify", llama / "llama", "--loss", text, *options).stdout
+        for options in ([], ["--seq-length", 64], ["--seq-length", 128])
+    ]
+    default, same, longer = (re.findall(r"^loss: (\S+)$", out, re.MULTILINE) for out in told)
+    assert default
+    assert default == same != longer

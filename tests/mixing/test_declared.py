@@ -226,3 +226,12 @@ def test_a_folder_of_somebody_else(llama: Path, monkeypatch: pytest.MonkeyPatch)
     code, out, err = run_btx("verify", llama)
     assert (code, out) == (2, "")
     assert err == f"btx: {llama}: Permission denied; ask its owner for access\n"
+
+
+@pytest.mark.parametrize("factor", [{}, {"factor": None}, {"factor": 0}])
+def test_a_scaling_without_its_factor_is_named(tmp_path: Path, factor: dict[str, Any]) -> None:
+    known = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    one = write_llama(
+        tmp_path / "one", 1, config={"rope_scaling": {"rope_type": "llama3", **known, **factor}}
+    )
+    refused(one, "rope_scaling: factor is", "megatron")

@@ -128,6 +128,18 @@ def test_what_the_mix_would_refuse_is_refused(three: dict[str, Path]) -> None:
     assert "written" in dry_run_text(job, "hf", Parallel(), Effort(), approximate=True)
 
 
+@pytest.mark.parametrize(
+    ("output", "message"), [("taken", "exists; delete it"), ("e0/inside", "lies in a source")]
+)
+def test_an_output_that_the_mix_would_refuse_is_refused(
+    three: dict[str, Path], tmp_path: Path, output: str, message: str
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(UserError, match=message):
+        run_mix(three, None, tmp_path / output, None, Parallel(), MixOptions(), Effort(), dry_run=True)
+
+
 def test_a_mixture_that_grows_or_shrinks_reads_and_writes_what_was_said(
     three: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,18 @@ def test_an_untrained_mixture_is_mixed_again(sources: dict[str, Path], tmp_path:
     assert list(json.loads((tmp_path / "grown" / "manifest.json").read_text())["inputs"]) == ["a", "b", "c"]
 
 
+def test_sources_are_found_from_another_folder(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mix({name: Path(name) for name in "ab"}, Output(Path("two"), manifest=True), OPTIONS)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    grow(Path("../two"), "c", sources["c"], Output(Path("grown")), share=None, options=MixOptions())
+    mixed(sources, "abc", tmp_path / "three")
+    assert hash_tensors(tmp_path / "elsewhere" / "grown") == hash_tensors(tmp_path / "three")
+
+
 def test_a_source_that_changed_since_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
     two = mixed(sources, "ab", tmp_path / "two")
     write_dense(sources["a"], random_weights(9))

@@ -14,7 +14,7 @@ from btx_megatron.checkpoints.tracker import RELEASE
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import make_manifest, manifest_text
 from btx_megatron.mixing.hashes import hash_tensors
-from btx_megatron.mixing.mix import Output, average, mix
+from btx_megatron.mixing.mix import Output, average, convert, drop, mix
 from btx_megatron.mixing.plan import MixOptions
 from btx_megatron.mixing.verify import verify
 
@@ -198,3 +198,58 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         data.write_bytes(data.read_bytes()[:500])
     with pytest.raises(UserError, match=r"__0_0\.distcp"):
         verify(folder)
+
+
+def test_the_state_of_chained_optimizers_is_passed_over(tmp_path: Path) -> None:
+    """As Megatron saves a mixture with one optimizer for its experts and another for the rest."""
+    weights = random_weights(0)
+    state = {
+        f"chained_{number}.optimizer.state.exp_avg.{name}": weights[name]
+        for number, name in enumerate(weights)
+    }
+    folder = write_dense(tmp_path / "a", {**weights, **state})
+    assert verify(folder)["tensors"] == len(weights)
+    assert set(hash_tensors(folder)) == set(weights)
+
+
+def test_a_tensor_that_is_no_matrix_is_named(tmp_path: Path) -> None:
+    folder = write_dense(tmp_path / "a", {**random_weights(0), "vision.patches.weight": torch.zeros(2, 3, 4)})
+    with pytest.raises(UserError, match=r"vision.patches.weight is no matrix and no vector"):
+        verify(folder)
+
+
+def test_a_manifest_json_that_is_not_ours_is_let_be(tmp_path: Path) -> None:
+    """In the weights' own folder, or above it."""
+    folder = write_dense(tmp_path / "models" / "hub" / "a", random_weights(0))
+    for above in (folder / RELEASE, folder, folder.parent, folder.parents[1]):
+        (above / "manifest.json").write_text('{"models": ["a"]}')
+    assert verify(folder)["hashes"] == "no manifest to compare with"
+    manifest_for(folder)
+    assert verify(folder)["hashes"] == "equal to the manifest's"
+    (folder / "manifest.json").write_text('{"stage": "se')
+    with pytest.raises(UserError, match="not a manifest; restore it"):
+        verify(folder)
+
+
+def test_a_manifest_of_another_model_above_is_let_be(tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    mix(sources_of(tmp_path, 2), Output(mixed, manifest=True), MixOptions())
+    dense = write_dense(mixed / "epoch1", random_weights(7))
+    assert verify(dense)["hashes"] == "no manifest to compare with"
+    assert verify(mixed)["hashes"] == "equal to the manifest's"
+
+
+@pytest.mark.parametrize("kind", ["copies", "virtual"])
+def test_copies_stay_copies(tmp_path: Path, kind: str) -> None:
+    """Whatever is made of the mixture, its experts may be alike."""
+    options = (
+        MixOptions(experts=kind, copies=3)
+        if kind == "copies"
+        else MixOptions(experts=kind, copies=2, chunks=2)
+    )  # type: ignore[arg-type]
+    moe = tmp_path / "moe"
+    mix(sources_of(tmp_path, 1), Output(moe, manifest=True), options)
+    convert(moe, Output(tmp_path / "converted", manifest=True))
+    drop(moe, 0, Output(tmp_path / "dropped", manifest=True))
+    for name in ("moe", "converted", "dropped"):
+        assert verify(tmp_path / name)["hashes"] == "equal to the manifest's", name
