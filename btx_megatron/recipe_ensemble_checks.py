@@ -49,9 +49,25 @@ def _time_problems(recipe: Recipe) -> Iterator[str]:
     if recipe.mix.include_seed:
         yield "mix.include_seed: the seed has no time window; set it to false for method timoe"
     ends = [(name, window.end) for name, window in recipe.time_windows.items()]
-    first, end = ends[0]
-    for name, other in ends:
+    apart = [(name, end) for name, end in ends if name in recipe.source_names]
+    if not apart:
+        return  # said elsewhere
+    first, end = apart[0]
+    for name, other in apart:
         first, end = (name, other) if is_after(end, other, f"data.domains.{name}") else (first, end)
+    for name, other in ends:
+        if is_after(end, other, f"data.domains.{name}"):
+            yield (
+                f"data.domains.{name}: ends before '{first}', the first that has an expert: nobody could "
+                "answer its queries; give it an expert, or leave it out"
+            )
+    for expert, own in apart:
+        for name in recipe.stages.experts[expert].blend:
+            if is_after(dict(ends).get(name, own), own, f"data.domains.{name}"):
+                yield (
+                    f"stages.experts.{expert}.blend: '{name}' ends after '{expert}', whose queries must not "
+                    "know it; leave it out"
+                )
     blend = recipe.stages.seed.blend or dict.fromkeys(recipe.domain_names, 1.0)
     for name, other in ends:
         if blend.get(name) and is_after(other, end, f"data.domains.{name}"):

@@ -16,7 +16,7 @@ from typing import Any
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import CHECKPOINTS, read_manifest
 from btx_megatron.methods import main_stage
-from btx_megatron.recipe import SEED, Model, Recipe
+from btx_megatron.recipe import SEED, Domain, Model, Recipe, Source
 
 _MAY_DIFFER = ("seq_length", "attention_dropout", "hidden_dropout", "init_method_std")
 """Of the model: what changes no weight's shape or meaning."""
@@ -50,6 +50,13 @@ def _problems(recipe: Recipe, run: Path, old: Recipe) -> Iterator[str]:
         )
     for name, there, here in _differences(recipe, old):
         yield f"{name} is {there} in the run of mix.grow_from and {here} here; set {name}: {there}"
+    there = {domain.name: _texts(domain) for domain in old.data.domains}
+    for domain in recipe.data.domains:
+        if _texts(domain) != there.get(domain.name, _texts(domain)):
+            yield (
+                f"data.domains.{domain.name}: has other sources in the run of mix.grow_from, which may have "
+                "been trained on what is held out here; give it the same, or new text a domain of its own"
+            )
     if recipe.mix.grow_experts not in ([], old.expert_names):
         yield f"mix.grow_experts: the experts of {run} are {', '.join(old.expert_names)}; leave it out"
     seed = recipe.stages.seed.pretrained_checkpoint
@@ -67,6 +74,15 @@ def _differences(recipe: Recipe, old: Recipe) -> Iterator[tuple[str, Any, Any]]:
             yield f"model.{field.name}", there, here
     if old.training.bf16 != recipe.training.bf16:
         yield "training.bf16", old.training.bf16, recipe.training.bf16
+    for key in ("random_seed", "held_out_fraction"):  # else it was trained on what is held out here
+        there, here = getattr(old.data, key), getattr(recipe.data, key)
+        if there != here:
+            yield f"data.{key}", there, here
+
+
+def _texts(domain: Domain) -> list[Source]:
+    """A domain's sources; how often each is drawn from has no part in what is held out."""
+    return [replace(source, weight=1.0) for source in domain.sources]
 
 
 def _seed_of(run: Path) -> Path:

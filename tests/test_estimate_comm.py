@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from btx_megatron.estimate import parameter_counts
 from btx_megatron.estimate_comm import Setup, _Rank, dense_weights, expert_weights, step_traffic
-from btx_megatron.recipe import Layout, Model
+from btx_megatron.recipe import Layout, Model, Moe
 
 ROOT = Path(__file__).parents[1]
 MODEL = Model(num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=4)
@@ -43,6 +43,26 @@ def test_the_weights_of_all_stages_are_the_model(layout: Layout) -> None:
     assert sum(sum(dense_weights(dense, stage)) for stage in stages) == counts.dense
     shared = sum(sum(dense_weights(moe, stage)) for stage in stages)
     assert shared + sum(sum(expert_weights(moe, stage)) for stage in stages) == counts.moe_total
+
+
+def test_sample_top1_takes_all_experts_in_the_first_layer() -> None:
+    """Of 4 layers and 8 experts: 11 routes a token, where Switch has 4; on two stages 9 and 2."""
+
+    def sent(router: str, pp: int) -> list[int]:
+        layout = Layout(pipeline_model_parallel_size=pp, data_parallel_size=4, expert_model_parallel_size=4)
+        setup = replace(MOE, layout=layout, moe=Moe(moe_router_type=router))  # type: ignore[arg-type]
+        ranks = [_Rank(setup, rank, 8) for rank in range(layout.world_size)]
+        told = [[row for row in rank.step().rows() if row["collective"] == "all_to_all"] for rank in ranks]
+        return [int(sum(row["payload"] for row in rows)) for rows in told]
+
+    (one,) = {
+        4 * sample / switch for sample, switch in zip(sent("sample_top1", 1), sent("switch", 1), strict=True)
+    }
+    assert one == 11
+    two = [
+        2 * sample / switch for sample, switch in zip(sent("sample_top1", 2), sent("switch", 2), strict=True)
+    ]
+    assert two == [9] * 4 + [2] * 4
 
 
 @given(layouts())

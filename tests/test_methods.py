@@ -335,3 +335,55 @@ def test_text_that_has_no_expert() -> None:
     ]:
         with pytest.raises(UserError, match=message):
             recipe_of(**{"data": {"domains": domains}, **mistake})
+
+
+def timoe(domains: dict[str, tuple[int, bool]], blends: dict[str, dict[str, float]]) -> None:
+    """Check a recipe: domain -> year, and whether it has an expert; stage -> blend."""
+    named = [
+        {"name": name, "start": year, "end": year + 1, "expert": expert, "sources": [{"path": name}]}
+        for name, (year, expert) in domains.items()
+    ]
+    experts = {name: {"blend": blend} for name, blend in blends.items() if name != "seed"}
+    stages = {"seed": {"blend": blends["seed"]}, "experts": experts}
+    training = {"train_iters": 10, "lr_warmup_iters": 0, "global_batch_size": 4}
+    tree = {
+        "method": "timoe",
+        "data": {"domains": named},
+        "training": training,
+        "stages": stages,
+        "baselines": [],
+    }
+    check_recipe(parse_recipe(tree | {"mix": {"include_seed": False}}), "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("domains", "blends", "message"),
+    [
+        (
+            {"a": (1900, True), "b": (1950, True)},
+            {"seed": {"a": 1, "b": 1}},
+            "stages.seed.blend: 'b' ends after 'a', whose queries must not know it",
+        ),
+        (
+            {"a": (1900, False), "b": (1950, True)},
+            {"seed": {"a": 1}},
+            "data.domains.a: ends before 'b', the first that has an expert: nobody could answer its queries",
+        ),
+        (
+            {"a": (1900, True), "b": (1950, True)},
+            {"seed": {"a": 1}, "a": {"a": 1, "b": 1}},
+            "stages.experts.a.blend: 'b' ends after 'a', whose queries must not know it; leave it out",
+        ),
+    ],
+)
+def test_no_later_text_has_a_part_in_an_answer(
+    domains: dict[str, tuple[int, bool]], blends: dict[str, dict[str, float]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        timoe(domains, blends)
+
+
+def test_earlier_text_may_have_a_part_in_an_answer() -> None:
+    timoe(
+        {"a": (1900, True), "b": (1950, True), "c": (1990, False)}, {"seed": {"a": 1}, "b": {"a": 1, "b": 1}}
+    )

@@ -22,8 +22,11 @@ MODEL = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attenti
 
 
 def tree(domains: str, **values: Any) -> dict[str, Any]:
-    named = [{"name": name, "sources": [{"path": "x"}]} for name in domains]
-    return {"data": {"domains": named}, "training": TRAINING, "model": MODEL, "baselines": [], **values}
+    return {"data": data(domains), "training": TRAINING, "model": MODEL, "baselines": [], **values}
+
+
+def data(domains: str, path: str = "/x", **values: Any) -> dict[str, Any]:
+    return {"domains": [{"name": name, "sources": [{"path": path}]} for name in domains], **values}
 
 
 @pytest.fixture
@@ -139,6 +142,9 @@ def test_a_grown_run_grows_again(run: Path) -> None:
         ("abc", {"method": "btm"}, "mix.grow_from is for method btx, not btm"),
         ("abc", {"model": MODEL | {"hidden_size": 64}}, "hidden_size is 32 in the run of mix.grow_from"),
         ("abc", {"training": TRAINING | {"bf16": True}}, "training.bf16 is False in the run"),
+        ("abc", {"data": data("abc", random_seed=7)}, "data.random_seed is 1234 in the run"),
+        ("abc", {"data": data("abc", held_out_fraction=0.1)}, "data.held_out_fraction is 0.05 in the run"),
+        ("abc", {"data": data("abc", path="/y")}, "data.domains.a: has other sources in the run"),
         ("abc", {"stages": {"seed": {"pretrained_checkpoint": "x"}}}, "has a seed of its own, new experts"),
         (
             "abc",

@@ -78,8 +78,12 @@ def compare(recipe: RecipePath, overrides: Overrides = None) -> None:
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    gpu_type: Annotated[str, typer.Option(help="A100, H100, H200, B200, ...")] = "H100",
-    mfu: Annotated[float, typer.Option(help="Share of its peak that training reaches.")] = 0.4,
+    gpu_type: Annotated[
+        str | None, typer.Option(help="A100, H100, H200, B200, ...; H100 if not given.")
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option(help="Share of its peak that training reaches; 0.4 if not given.")
+    ] = None,
     fit: Annotated[
         float | None,
         typer.Option(metavar="GB", help="Memory to fit; else the GPU's, unless launch.device is cpu."),
@@ -101,6 +105,10 @@ def plan(
 ) -> None:
     """Show stages, layouts, tokens, memory, traffic and GPU-hours; nothing is run."""
     if simulate:
+        if gpu_type is not None or mfu is not None or fit is not None:
+            raise UserError(
+                "--gpu-type, --mfu and --fit are not for --simulate; give --assume mfu=0.3, peak_tflops=989"
+            )
         from btx_megatron.simulate.table import simulation_text
 
         print(simulation_text(load(recipe, overrides), gpus or [], seeds, assume or []))

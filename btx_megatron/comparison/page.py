@@ -72,7 +72,7 @@ def page_blocks(results: dict[str, Any], pictures: dict[str, str]) -> Iterator[B
     yield Text(_what_was_run(results))
     yield Heading("Held-out loss")
     yield Text(
-        "Nats a token, every held-out token counted once; `mean` is the plain mean over domains. Mean over "
+        "Nats a token, every measured token counted once; `mean` is the plain mean over domains. Mean over "
         "the random seeds, +- their standard deviation. Tokens and FLOPs: of training beyond the seed, all "
         "stages that the model needs. Bold: the best of a column. Least load: share of the routes that the "
         "least used expert takes, 1 being an even one; of a layer: where it is least, by random seed."

@@ -36,7 +36,7 @@ def parts(path: Path) -> list[tuple[int, int]]:
 def records(path: Path, key: str, start: int, stop: int) -> Iterator[Record]:
     """Rows [start, stop) of column ``key``, which are one row group."""
     changed = status(path).st_mtime_ns
-    column = _column(path, changed, key, _row_groups(path, changed).index(start))
+    column = _column(path, changed, key, _group_of(_row_groups(path, changed), start))
     for row in range(start, stop):
         try:
             yield Record(row, 1, _text(column, row - start))
@@ -48,15 +48,21 @@ def text_at(path: Path, key: str, start: int, length: int) -> str:
     """The text of row ``start``. Raises ValueError if there is no such row now."""
     changed = status(path).st_mtime_ns
     starts = _row_groups(path, changed)
-    groups = [i for i in range(len(starts) - 1) if starts[i] <= start < starts[i + 1]]
-    if not groups:
-        raise ValueError(f"no row {start}")
-    return _text(_column(path, changed, key, groups[0]), start - starts[groups[0]])
+    group = _group_of(starts, start)
+    return _text(_column(path, changed, key, group), start - starts[group])
 
 
 def _text(column: Any, row: int) -> str:
     """A text; a null is empty. Raises UnicodeDecodeError, a ValueError."""
     return column[row].as_py() or ""
+
+
+def _group_of(starts: list[int], row: int) -> int:
+    """The row group that holds a row. Raises ValueError if there is no such row."""
+    for group, (start, stop) in enumerate(pairwise(starts)):
+        if start <= row < stop:
+            return group
+    raise ValueError(f"no row {row}")
 
 
 @lru_cache(maxsize=8)
@@ -87,6 +93,8 @@ def _column(path: Path, changed: int, key: str, group: int) -> Any:
     names = file.schema_arrow.names
     if key not in names:
         raise UserError(f"{path}: has no column '{key}', only {', '.join(names)}; correct text_key")
+    if names.count(key) > 1:
+        raise UserError(f"{path}: has {names.count(key)} columns '{key}'; rename one, or correct text_key")
     kind = file.schema_arrow.field(key).type
     value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if not any(check(value) for check in _string_checks(pyarrow.types)):

@@ -141,6 +141,7 @@ def _check_sides(sides: Sides, source: Source, domain: str) -> None:
 
 def _make_tokenizer(recipe: Recipe, prepared: list[Prepared], path: Path, finished: Finished) -> None:
     if recipe.tokenizer.tokenizer_model is not None:
+        finished.load("tokenizer", "taken")  # removes the record of one that was trained: its file goes
         take_tokenizer(recipe.tokenizer, path)
         return
     documents = [document for item in prepared for document in item.sides.train]

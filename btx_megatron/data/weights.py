@@ -37,7 +37,8 @@ def order_seed(recipe: Recipe, stage: str) -> int:
 
     Each stage shuffles its text anew: with one order for all, each would begin with the samples that the
     stages before it began with, and leave the rest unread. Stages that are trained in the place of
-    ``finetune`` have its order: what is compared reads the same text in the same order.
+    ``finetune`` have its order: what is compared reads the same text in the same order, up to one epoch
+    (Megatron shuffles the documents of all whole epochs together).
     """
     kind = stage.partition(":")[0]
     name = "finetune" if kind in MATCHED_STAGES else stage

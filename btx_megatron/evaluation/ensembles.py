@@ -21,6 +21,7 @@ from btx_megatron.data.held_out import stream_windows
 from btx_megatron.data.prepare import tokenizer_path
 from btx_megatron.data.sample import PIECE, training_sample
 from btx_megatron.data.tokenizer import open_tokenizer
+from btx_megatron.data.weights import stage_blend
 from btx_megatron.ensembles.cluster_files import load_clusters
 from btx_megatron.ensembles.clusters import cluster_weights
 from btx_megatron.ensembles.contexts import contexts_of
@@ -123,8 +124,9 @@ class Ensembles:
 
     def _by_time(self, domain: str, log_p_EWS: Floats, mask_WS: Floats) -> dict[str, Floats]:
         """Held-out text of a domain is asked at its end: the experts of later text do not answer."""
-        spans = self._job.recipe.time_windows
-        times = [spans[domain].end] * len(mask_WS)
+        of_domains = self._job.recipe.time_windows
+        spans = {source: of_domains[source] for source in self._sources}
+        times = [of_domains[domain].end] * len(mask_WS)
         uniform, posterior = TIMOE_ROWS
         return {
             uniform: time_weights(log_p_EWS, mask_WS, spans, times, merge="uniform"),
@@ -138,7 +140,7 @@ class Ensembles:
         return np.stack(heard), tokens, mask
 
     def _training_windows(self, domain: str) -> Windows:
-        tokens = _training_tokens(self._job, [domain], _PRIOR_TOKENS)
+        tokens = _training_tokens(self._job, {domain: 1.0}, _PRIOR_TOKENS)
         return list(stream_windows(tokens, self._sequence))
 
 
@@ -146,8 +148,8 @@ def _row(source: str) -> str:
     return SEED if source == SEED else f"expert:{source}"
 
 
-def _training_tokens(job: Job, domains: list[str], count: int) -> NDArray[np.int64]:
-    data, blend = job.recipe.data, dict.fromkeys(domains, 1.0)
+def _training_tokens(job: Job, blend: dict[str, float], count: int) -> NDArray[np.int64]:
+    data = job.recipe.data
     return training_sample(job.data_folder, data.domains, blend, count, data.random_seed)
 
 
@@ -159,8 +161,7 @@ class _Similarity:
         self._texts = fit_expert_texts({name: self._sample(job, name) for name in job.recipe.source_names})
 
     def _sample(self, job: Job, source: str) -> list[str]:
-        domains = job.recipe.domain_names if source == SEED else [source]
-        tokens = _training_tokens(job, domains, _SIMILARITY_TOKENS)
+        tokens = _training_tokens(job, stage_blend(job.recipe, _row(source)), _SIMILARITY_TOKENS)
         return [
             self._decode(tokens[start : start + PIECE].tolist()) for start in range(0, len(tokens), PIECE)
         ]

@@ -39,7 +39,7 @@ def render_page(
         f"Run finished {manifests['evaluate'].created[:10]}, report written {datetime.now(UTC):%Y-%m-%d} "
         "(UTC). One run with one random seed: there are no error bars.",
         "## Held-out loss",
-        f"Nats a token, every held-out token counted once ({held_out} tokens). `mean` is the plain mean over "
+        f"Nats a token, every measured token counted once ({held_out}). `mean` is the plain mean over "
         "the domains; *training tokens* and *training FLOPs* are what was spent on the model beyond the seed "
         "(FLOPs: the model's matrix products, forward and backward, with the causal half of attention). The "
         "best of each column is bold.",

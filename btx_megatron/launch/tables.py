@@ -20,14 +20,17 @@ from btx_megatron.runtime.progress import read_progress
 from btx_megatron.runtime.stopwatch import read_duration
 
 
-def plan_text(recipe: Recipe, gpu: str = "H100", mfu: float = MFU, fit: float | None = None) -> str:
+def plan_text(
+    recipe: Recipe, gpu: str | None = None, mfu: float | None = None, fit: float | None = None
+) -> str:
     """Stages in order with layout, ranks, steps and tokens; the models' parameters; memory, checkpoints,
     network and GPU-hours; epochs, once the data is prepared.
 
-    ``fit``: GB a GPU that each stage must fit; None: the memory of ``gpu``, unless the recipe is for the CPU.
-    Raises UserError where one does not, and where ``gpu`` or ``mfu`` make no sense.
+    ``gpu``, ``mfu``: None for H100 and MFU. ``fit``: GB a GPU that each stage must fit; None: the memory of
+    ``gpu``, unless the recipe is for the CPU. Raises UserError where one does not, and where ``gpu`` or
+    ``mfu`` make no sense.
     """
-    kind = gpu_named(gpu)
+    kind, mfu = gpu_named(gpu or "H100"), MFU if mfu is None else mfu
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu:g}: a share, above 0 and at most 1")
     if fit is not None or recipe.launch.device != "cpu":

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -93,6 +94,8 @@ def parse_assumptions(settings: list[str]) -> Assumptions:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Assumptions), OmegaConf.from_dotlist(settings))
         assumptions = OmegaConf.to_object(merged)
+    except yaml.YAMLError as error:
+        raise UserError(f"--assume: {' '.join(str(error).split())}") from None
     except OmegaConfBaseException as error:
         known = ", ".join(field.name for field in fields(Assumptions))
         text = " ".join(str(error).split("\n    full_key:")[0].split())

@@ -101,6 +101,19 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
     assert texts(read(tmp_path, workers=2)) == texts(found)
 
 
+def test_a_row_group_may_be_empty(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    tables = [
+        pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())})
+        for texts in (["a"], [], ["b", "c"], [])
+    ]
+    with parquet.ParquetWriter(tmp_path / "a.parquet", tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    assert parquet.ParquetFile(tmp_path / "a.parquet").metadata.num_row_groups > 2
+    assert texts(read(tmp_path)) == ["a", "b", "c"]
+
+
 def test_columns_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", {"id": [1, 2], "body": ["a", "b"]})
     with pytest.raises(UserError, match=r"a\.parquet: has no column 'text', only id, body; correct text_key"):
@@ -108,6 +121,11 @@ def test_columns_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.parquet: column 'id' holds int64, not strings"):
         read(tmp_path, text_key="id")
     assert texts(read(tmp_path, text_key="body")) == ["a", "b"]
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: has 2 columns 'text'; rename one"):
+        read(tmp_path)
 
 
 def test_parquet_that_is_damaged_is_named(tmp_path: Path) -> None:

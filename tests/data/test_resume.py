@@ -152,6 +152,20 @@ def test_another_recipe_in_between_leaves_nothing_of_its_own(tmp_path: Path) -> 
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
+def test_a_tokenizer_that_was_taken_in_between_is_not_kept(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "text")
+    first, other = recipe_over(corpus), recipe_over(corpus)
+    smaller = recipe_over(corpus)
+    smaller.tokenizer.vocab_size = 290
+    prepare(smaller, tmp_path / "smaller", lambda *step: None)
+    other.tokenizer.tokenizer_model = str(tmp_path / "smaller" / "tokenizer" / "tokenizer.model")
+    for recipe in (first, other):
+        stopped_after("tokenize", 2, recipe, tmp_path / "data")
+    prepare(first, tmp_path / "data", lambda *step: None)
+    prepare(first, tmp_path / "whole", lambda *step: None)
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
 def test_records_that_are_broken_are_not_believed(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "text")
     prepare(recipe_over(corpus), tmp_path / "whole", lambda *step: None)

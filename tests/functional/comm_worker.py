@@ -35,6 +35,7 @@ from btx_megatron.runtime.comm_meter import CommMeter
 
 STEPS, NODE = 2, 2  # a node of two ranks
 ALLGATHER = Moe(moe_token_dispatcher_type="allgather")
+SAMPLED = Moe(moe_router_type="sample_top1", moe_router_load_balancing_type="none")
 PLAIN: tuple[Moe, dict[str, Any], bool] = (Moe(), {}, False)  # router, other model, bf16
 TIED = {"untie_embeddings_and_output_weights": False}
 DP4 = Layout(data_parallel_size=4)
@@ -47,6 +48,8 @@ TWO: dict[str, tuple[Layout, Moe, dict[str, Any], bool]] = {
     "dense DP2+distributed, bf16": (DP2_DISTRIBUTED, Moe(), {}, True),
     "moe EP2, allgather": (EP2, ALLGATHER, {}, False),
     "moe EP2, bf16": (EP2, Moe(), {}, True),
+    "moe EP2, sample_top1": (EP2, SAMPLED, {}, False),
+    "moe PP2, sample_top1": (PP2, SAMPLED, {}, False),
     "moe TP2+SP, allgather, bf16": (LAYOUTS["moe"]["TP2+SP"], ALLGATHER, {}, True),
 }
 FOUR: dict[str, tuple[Layout, Moe, dict[str, Any], bool]] = {

@@ -94,15 +94,17 @@ def test_a_mixture_masked_by_time_and_by_choice(tmp_path: Path) -> None:
 
 
 def test_time_slices(tmp_path: Path) -> None:
-    """A question of the earlier slice is answered by that slice's expert alone."""
+    """Of the earlier slice its own expert answers alone; of one without an expert both that were before."""
+    third = {"name": "xml", "sources": [{"path": "stdlib:", "include": ["xml/**/*.py"]}]}
     summary, _ = run(
         tmp_path,
         method="timoe",
-        data={"domains": YEARS},
+        data={"domains": [*YEARS, third | {"start": 2002, "end": 2003, "expert": False}]},
         mix={"include_seed": False},
         stages={"seed": {"blend": {"json": 1}}},
     )
     losses = summary["held_out_loss"]
+    assert losses["timoe:uniform"]["xml"] < losses["expert:json"]["xml"] + losses["expert:mail"]["xml"]
     for row in ("timoe:uniform", "timoe:posterior"):
         assert losses[row]["json"] == pytest.approx(losses["expert:json"]["json"], abs=1e-6)
         assert losses[row]["mail"] != pytest.approx(losses["expert:mail"]["mail"], abs=1e-4)
