@@ -22,6 +22,7 @@ from btx_megatron.errors import UserError
 from btx_megatron.recipe import MATCHED_STAGES, Recipe, cluster_names
 from btx_megatron.recipe_checks import check_recipe, resolve_train_iters
 from btx_megatron.recipe_grow import take_run
+from btx_megatron.recipe_yaml import literal, read_yaml
 
 RECIPE_FILE = "recipe.yaml"
 """The resolved recipe in a run folder."""
@@ -48,28 +49,31 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def _read_tree(path: Path) -> DictConfig:
     try:
-        tree = OmegaConf.create(path.read_text(encoding="utf-8"))  # its YAML refuses a key given twice
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe file") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; a recipe is a YAML file that can be read") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: broken YAML: {_one_line(error)}") from None
-    if not isinstance(tree, DictConfig):
-        raise UserError(f"{path}: a recipe is a mapping of keys, this is a list")
-    return tree
+    if not isinstance(tree, dict | None):
+        raise UserError(f"{path}: a recipe is a mapping of keys, this is {_shown(tree)}")
+    try:
+        return OmegaConf.create(literal(tree or {}))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_one_line(error)}") from None
 
 
 def _apply(tree: DictConfig, override: str) -> None:
     """Set one ``key.sub[0].name=value``; a mapping is merged into the one that is there."""
-    key, equals, _ = override.partition("=")
-    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+|\[\d+\])*", key):
+    key, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w:-]+|\[\d+\])*", key):
         raise UserError(f"override '{override}': write it as key.sub=value")
     try:
-        read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value{override.removeprefix(key)}"]))
-        OmegaConf.update(tree, key, read["value"], merge=True, force_add=True)
+        read = literal(read_yaml(value)) if value else ""
+        OmegaConf.update(tree, key, read, merge=True, force_add=True)
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, LookupError) as error:
         raise UserError(f"override '{override}': {_one_line(error)}") from None
 
@@ -77,7 +81,7 @@ def _apply(tree: DictConfig, override: str) -> None:
 def parse_recipe(tree: DictConfig | dict[str, Any], where: str = "recipe") -> Recipe:
     """Typed recipe from a tree of plain values; stages inherit ``training`` and ``layout``."""
     typed_schema = OmegaConf.structured(Recipe)
-    tree = OmegaConf.create(tree) if isinstance(tree, dict) else tree
+    tree = OmegaConf.create(literal(tree)) if isinstance(tree, dict) else tree
     for problem in _shape_problems(Recipe, OmegaConf.to_container(tree), ""):
         raise UserError(f"{where}: {problem}")
     try:
@@ -120,22 +124,31 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def _resolve_paths(recipe: Recipe, folder: Path) -> None:
     """Relative paths of inputs start at the recipe, so that a run can start from anywhere."""
+    if recipe.run_folder.startswith("~"):
+        recipe.run_folder = _at(folder, recipe.run_folder)
     for domain in recipe.data.domains:
         for source in domain.sources:
             if source.path and not re.match(r"[a-z]+:", source.path):
-                source.path = str(folder / Path(source.path).expanduser())
+                source.path = _at(folder, source.path)
     for stage in (recipe.stages.seed, *recipe.stages.experts.values()):
         if stage.pretrained_checkpoint:
-            stage.pretrained_checkpoint = str(folder / Path(stage.pretrained_checkpoint).expanduser())
+            stage.pretrained_checkpoint = _at(folder, stage.pretrained_checkpoint)
     for task in recipe.evaluate.tasks:
         if task.path:
-            task.path = str(folder / Path(task.path).expanduser())
+            task.path = _at(folder, task.path)
         if task.fewshot_path:
-            task.fewshot_path = str(folder / Path(task.fewshot_path).expanduser())
+            task.fewshot_path = _at(folder, task.fewshot_path)
     if recipe.mix.grow_from:
-        recipe.mix.grow_from = str(folder / Path(recipe.mix.grow_from).expanduser())
+        recipe.mix.grow_from = _at(folder, recipe.mix.grow_from)
     if recipe.tokenizer.tokenizer_model:
-        recipe.tokenizer.tokenizer_model = str(folder / Path(recipe.tokenizer.tokenizer_model).expanduser())
+        recipe.tokenizer.tokenizer_model = _at(folder, recipe.tokenizer.tokenizer_model)
+
+
+def _at(folder: Path, path: str) -> str:
+    try:
+        return str(folder / Path(path).expanduser())
+    except RuntimeError:
+        raise UserError(f"{path}: nobody's home is known by this name; give the whole path") from None
 
 
 def _look_at_grown(recipe: Recipe, grown: Path, where: str) -> None:

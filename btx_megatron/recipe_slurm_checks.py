@@ -15,6 +15,8 @@ _OURS = (
     *("--nodes", "--ntasks", "--ntasks-per-node"),
 )
 
+_LONGEST_SIGNAL = 65_535
+
 
 def slurm_problems(recipe: Recipe, stages: Collection[str]) -> Iterator[str]:
     """One line for each thing that cannot hold; ``stages``: names of all stages that there are."""
@@ -24,7 +26,11 @@ def slurm_problems(recipe: Recipe, stages: Collection[str]) -> Iterator[str]:
     saving = {"prepare", *training_stages(recipe)}  # the others are not signalled
     saving |= {name.partition(":")[0] for name in saving}
     signalled = [(f"slurm.stages.{name}", job) for name, job in slurm.stages.items() if name in saving]
-    for key, job in (("slurm", slurm), *signalled):
+    prepare = slurm.stages.get("prepare")
+    of_cpu = [] if prepare is not None and prepare.time else [("slurm.cpu", slurm.cpu)]  # of it prepare alone
+    if slurm.signal_seconds > _LONGEST_SIGNAL:
+        yield f"slurm.signal_seconds {slurm.signal_seconds}: Slurm takes {_LONGEST_SIGNAL} at most"
+    for key, job in (("slurm", slurm), *of_cpu, *signalled):
         seconds = time_limit_seconds(job.time) if job.time else None
         if seconds is not None and seconds <= slurm.signal_seconds:
             yield (

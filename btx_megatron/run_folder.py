@@ -27,7 +27,7 @@ from typing import IO, Any
 
 import yaml
 
-from btx_megatron.durable import sync, sync_tree, write_durably
+from btx_megatron.durable import sync, sync_tree, temporary_of, write_durably
 from btx_megatron.errors import UserError
 from btx_megatron.manifest import MANIFEST_FILE, Manifest, manifest_text, read_manifest
 from btx_megatron.recipe import Recipe
@@ -84,7 +84,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._refuse_foreign_files()
+            self._refuse_foreign_files()  # before anything is written there
             (self.path / LOCKS).mkdir(exist_ok=True)
             refusal = "another btx starts here at this moment; try again"
             with self._locked(_CLAIM, refusal, _CLAIM_PATIENCE_SECONDS):
@@ -197,7 +197,7 @@ class RunFolder:
 
     def _refuse_foreign_files(self) -> None:
         names = {entry.name for entry in self.path.iterdir()}
-        foreign = sorted(names - {LOCKS})
+        foreign = sorted(names - {LOCKS, temporary_of(self.path / RECIPE_FILE).name})  # of a btx that begins
         if foreign and RECIPE_FILE not in names:
             raise UserError(
                 f"run_folder {self.path} is not empty ({foreign[0]}) and no run of btx; "

@@ -18,6 +18,7 @@ from btx_megatron.matching import matched_train_iters
 from btx_megatron.recipe import Model, Recipe
 from btx_megatron.recipe_checks import check_recipe
 from btx_megatron.recipe_file import load_recipe, parse_recipe, recipe_to_dict
+from btx_megatron.run_folder import RunFolder
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 
@@ -301,7 +302,8 @@ def test_what_is_allowed(tmp_path: Path, changes: dict[str, Any]) -> None:
             "key 'layout.recompute_modules': is 'mlp', must be a list",
         ),
         ("training: {lr: [1]}", "key 'training.lr': is a list, must be a single value"),
-        ("name: ${run_foldr}", "Interpolation key 'run_foldr' not found"),
+        ("&a [*a]", "broken YAML: an anchor holds itself"),
+        ("text", "a recipe is a mapping of keys, this is 'text'"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -311,6 +313,40 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, message: str) -> None
         load_recipe(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_texts_are_what_is_written(tmp_path: Path) -> None:
+    """YAML 1.1 would read a number of seconds, a boolean, an octal number; OmegaConf would look for a key."""
+    text = """
+name: 2024_12_01
+data: {domains: [{name: no, sources: [{path: x}]}, {name: 2020, sources: [{path: y}]}]}
+stages: {experts: {2020: {training: {lr: 1e-4}}, no: {training: {lr: 0.5}}}}
+training: {train_iters: 1_000, lr: 1e-3}
+mix: {include_seed: false}
+slurm:
+  time: 24:00:00
+  account: 0123
+  partition: yes
+  environment: {NCCL_DEBUG: on, X: 010, PATH: '/x:${PATH}'}
+  setup: ['source ${SCRATCH}/bin/activate', 'echo \\${A}', 'echo ${B:-${C}']
+"""
+    (tmp_path / "recipe.yaml").write_text(text)
+    overrides = ["slurm.cpu.time=12:30:00", "slurm.stages.expert:no.time=10:00:00", "slurm.cpu.account=${ME}"]
+    recipe = load_recipe(tmp_path / "recipe.yaml", overrides)
+    slurm = recipe.slurm
+    assert (recipe.name, recipe.domain_names) == ("2024_12_01", ["no", "2020"])
+    assert [recipe.stage(f"expert:{name}").training.lr for name in ("no", "2020")] == [0.5, 1e-4]
+    assert recipe.training.train_iters == 1000
+    assert recipe.mix.include_seed is False
+    assert (slurm.time, slurm.account, slurm.partition) == ("24:00:00", "0123", "yes")
+    assert slurm.environment == {"NCCL_DEBUG": "on", "X": "010", "PATH": "/x:${PATH}"}
+    assert slurm.setup == ["source ${SCRATCH}/bin/activate", r"echo \${A}", "echo ${B:-${C}"]
+    assert (slurm.cpu.time, slurm.cpu.account) == ("12:30:00", "${ME}")
+    assert slurm.stages["expert:no"].time == "10:00:00"
+    run = RunFolder(tmp_path / "run")
+    run.claim(recipe)  # what jobs read
+    assert run.recipe().slurm == slurm
+    assert parse_recipe(recipe_to_dict(recipe)) == recipe
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -330,11 +366,17 @@ def test_overrides(tmp_path: Path) -> None:
     assert recipe.stage("seed").training.lr == 0.5
     assert recipe.stage("expert:math").training.lr == 0.25
     recipe = load(
-        tmp_path, GOOD, "data.domains[1].name=poems", "layout={data_parallel_size: 2}", "name=${run_folder}"
+        tmp_path,
+        GOOD,
+        "data.domains[1].name=poems",
+        "layout={data_parallel_size: 2}",
+        "name=",
+        "run_folder=~/x",
     )
     assert recipe.domain_names == ["prose", "poems", "math"]
     assert recipe.stage("seed").layout.data_parallel_size == 2
-    assert recipe.name == recipe.run_folder
+    assert recipe.name == ""
+    assert recipe.run_folder == str(Path.home() / "x")
     for override, message in (
         ("training.lr", "override 'training.lr': write it as key.sub=value"),
         ("training.learning_rate=1", "unknown key 'training.learning_rate'"),
@@ -343,6 +385,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("data.domains[9].name=x", "override 'data.domains[9].name=x': list index out of range"),
         ("baselines=[dense,dense]", "baselines: 'dense' is given 2 times"),
         ("training.lr=0", "stages.seed.training.lr 0.0: must be above 0"),
+        ("data.domains[0].sources[0].path=~nobody-of-this-name/x", "nobody's home is known by this name"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             load(tmp_path, GOOD, override)

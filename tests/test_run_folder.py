@@ -211,6 +211,14 @@ def test_a_folder_of_other_things_is_left_alone(run: RunFolder) -> None:
     assert os.listdir(run.path) == ["thesis.tex"]
 
 
+def test_a_btx_that_begins_there_is_no_stranger(run: RunFolder) -> None:
+    """Nor what one left that was killed at that moment."""
+    run.path.mkdir()
+    (run.path / ".recipe.yaml.tmp").touch()
+    run.claim(RECIPE)
+    assert run.recipe().name == RECIPE.name
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="Not a directory; give a run_folder"):

@@ -28,7 +28,7 @@ def published(output: Path) -> Iterator[Path]:
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{output}: lies in a file, not in a folder; name another --output") from None
+        raise UserError(f"{output}: lies in a file, not in a folder; name another output") from None
     with _locked(partial.with_suffix(".lock"), output):
         check_free(output)  # another may have written it before we had the lock
         _remove(partial)  # what one left that was killed
@@ -47,9 +47,9 @@ def published(output: Path) -> Iterator[Path]:
 def check_free(output: Path) -> None:
     """Raise UserError where something lies there, or nothing may be put."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: exists; delete it, or name another --output")
+        raise UserError(f"{output}: exists; delete it, or name another output")
     if output.resolve() == Path.cwd():
-        raise UserError(f"{output}: the folder that you are in cannot be replaced; name another --output")
+        raise UserError(f"{output}: the folder that you are in cannot be replaced; name another output")
 
 
 @contextlib.contextmanager

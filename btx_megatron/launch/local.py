@@ -83,7 +83,8 @@ def _run(
             if not stages:
                 gone = "" if alone else _what_is_gone(recipe, run)
                 display.say(f"nothing to do: finished already, in {run.path}{gone}")
-            _LocalRun(recipe, run, machine, supervisor, display, measured or {}).work_off(stages)
+            local = _LocalRun(recipe, run, machine, supervisor, display, measured or {})
+            local.work_off(stages, again=set(targets) if again else set())
 
 
 def _what_is_gone(recipe: Recipe, run: RunFolder) -> str:
@@ -124,10 +125,11 @@ class _LocalRun:
         self.bad_ends: dict[str, Outcome] = {}
         self.told_of_stop = False
 
-    def work_off(self, stages: list[PipelineStage]) -> None:
-        """Run the stages; returns when none is left, raises what run_pipeline says."""
+    def work_off(self, stages: list[PipelineStage], again: set[str]) -> None:
+        """Run the stages, ``again`` even if they are finished; returns when none is left, raises what
+        run_pipeline says."""
         self.waiting = list(stages)
-        self.made_anew = {stage.name for stage in stages if self.run.manifest(stage.name)}
+        self.made_anew = again
         self._start_what_fits()
         while self.supervisor.running:
             time.sleep(_SECONDS_BETWEEN_POLLS)

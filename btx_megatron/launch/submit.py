@@ -74,8 +74,8 @@ def submit(
     """Send what is not finished and not queued; returns lines that tell of each stage.
 
     ``only``: these stages alone. ``dry_run``: write scripts, code and submit.sh, and send nothing. Raises
-    UserError for a task's file that cannot be read, and for a stage that is none, or needs one that is
-    neither finished nor queued.
+    UserError for a task's file that cannot be read, for a stage that is none, or needs one that is neither
+    finished nor queued, and where a dry run or new code would change what jobs read that are there.
     """
     for task in recipe.evaluate.tasks:
         check_documents(task, recipe.evaluate.execute_code)
@@ -84,14 +84,33 @@ def submit(
     for name in only:
         if name not in names:
             raise UserError(f"--only {name}: no such stage; the recipe has {', '.join(names)}")
+    _check_left_alone(run, dry_run, update_code)
     with run.claim(recipe), run.lock("submit"):
-        folder = slurm_folder(run)
-        lines = _freeze(recipe, folder, update_code)
+        lines = _freeze(recipe, slurm_folder(run), update_code)
         requests = _requests(recipe, run, only)
         _write_submit_script(requests, run)
         if dry_run:
             return [*lines, *_dry_run_lines(requests, run)]
-        return [*lines, *_Submission(run, requests).send()]
+        submission = _Submission(run, requests)
+        return [*lines, *submission.cancel_all_but(names), *submission.send()]
+
+
+def _check_left_alone(run: RunFolder, dry_run: bool, update_code: bool) -> None:
+    jobs = read_jobs(run) if dry_run or update_code else {}
+    states = job_states([job.id for job in jobs.values()])
+    alive = {
+        stage: states[job.id] for stage, job in jobs.items() if job.id in states and states[job.id].alive
+    }
+    if dry_run and alive:
+        raise UserError(
+            f"--dry-run: {run.path} has jobs ({', '.join(alive)}), which would read what it writes; see "
+            "btx status, or give another run_folder"
+        )
+    running = [stage for stage, state in alive.items() if state.state != "PENDING"]
+    if running:
+        raise UserError(
+            f"--update-code: {', '.join(running)} is running by the old code; wait for it, or btx cancel"
+        )
 
 
 def _requests(recipe: Recipe, run: RunFolder, only: Collection[str]) -> list[JobRequest]:
@@ -129,6 +148,17 @@ class _Submission:
             lines.append(f"{request.stage}: job {number} on {_nodes_text(request)}{waits}")
         return lines
 
+    def cancel_all_but(self, names: Collection[str]) -> list[str]:
+        """End the jobs of stages that the recipe no longer has: others may wait for them in vain."""
+        lines = []
+        for stage in [stage for stage in self.jobs if stage not in names]:
+            state, job = self._state(stage), self.jobs.pop(stage)
+            if state and state.alive:
+                _end_job(job.id)
+                lines.append(f"{stage}: job {job.id} is cancelled, the recipe has no such stage now")
+            _write_jobs(self.jobs, self.run)
+        return lines
+
     def _after(self, request: JobRequest) -> tuple[int, ...]:
         """The jobs of the stages that it needs and that are not finished."""
         needed = [stage for stage in request.after if self.run.manifest(stage) is None]
@@ -142,12 +172,14 @@ class _Submission:
         return tuple(self.jobs[stage].id for stage in needed)
 
     def _is_current(self, request: JobRequest, after: tuple[int, ...]) -> bool:
-        """Whether its job runs, or waits for the jobs that are there (some may have ended well meanwhile) and
-        for as many nodes as the recipe says now."""
+        """Whether its job runs, or waits for the jobs that are there (and for others only if they have ended
+        well meanwhile) and for as many nodes as the recipe says now."""
         state, job = self._state(request.stage), self.jobs[request.stage]
         if state is None or state.state != "PENDING":
             return True
-        return set(after) <= set(job.after) and job.nodes in ("", _nodes_text(request))
+        ended_well = {self.jobs[stage].id for stage in self.jobs if self.run.manifest(stage) is not None}
+        waits = set(after) <= set(job.after) <= set(after) | ended_well
+        return waits and job.nodes in ("", _nodes_text(request))
 
     def _state(self, stage: str) -> JobState | None:
         return self.states.get(self.jobs[stage].id) if stage in self.jobs else None

@@ -107,26 +107,30 @@ def _plan_row(recipe: Recipe, stage: PipelineStage) -> list[str]:
 def status_text(recipe: Recipe) -> str:
     """Each stage of the recipe's run: done, running, unfinished, failed or missing, and how far.
 
-    Where it was sent to Slurm, also each stage's job. Raises UserError where Slurm does not answer.
+    Where it was sent to Slurm, also each stage's job, and how that stands if Slurm answers.
     """
     run = RunFolder(recipe.run_folder)
-    jobs = _job_cells(run)
+    jobs, unknown = _job_cells(run)
     rows = [["stage", "state", "time", *(["job"] if jobs else []), ""]]
     for stage in stages_of(recipe):
         *cells, how_far = _status_row(run, stage)
         rows.append([*cells, *([jobs.get(stage.name, "")] if jobs else []), how_far])
     text = "\n".join([str(run.path), "", columns(rows, right=(2,))])
-    return "\n\n".join([text, *epochs_text(recipe)])
+    return "\n\n".join([text, *unknown, *epochs_text(recipe)])
 
 
-def _job_cells(run: RunFolder) -> dict[str, str]:
-    """Stage -> ``7 RUNNING on n[1-2]`` or ``8 PENDING (Dependency)``; empty where Slurm was sent nothing."""
+def _job_cells(run: RunFolder) -> tuple[dict[str, str], list[str]]:
+    """Stage -> ``7 RUNNING on n[1-2]`` or ``8 PENDING (Dependency)``; empty where Slurm was sent nothing. And
+    why the numbers alone are told."""
     from btx_megatron.launch.queue import job_states
     from btx_megatron.launch.submit import read_jobs
 
     jobs = read_jobs(run)
-    states = job_states([job.id for job in jobs.values()])
-    return {stage: f"{job.id} {states.get(job.id, '')}".rstrip() for stage, job in jobs.items()}
+    try:
+        states, unknown = job_states([job.id for job in jobs.values()]), []
+    except UserError as error:
+        states, unknown = {}, [f"how the jobs stand is not known: {error}"]
+    return {stage: f"{job.id} {states.get(job.id, '')}".rstrip() for stage, job in jobs.items()}, unknown
 
 
 def _status_row(run: RunFolder, stage: PipelineStage) -> list[str]:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from btx_megatron.durable import temporary_of
 from btx_megatron.errors import Stopped
 from btx_megatron.job import CHECKPOINTS, LAUNCH_FILES, Job, Task, read_job
 from btx_megatron.manifest import EXPORTED, package_versions
@@ -202,8 +203,9 @@ def _hash_outputs(work_folder: Path) -> dict[str, Any]:
         from btx_megatron.mixing.hashes import hash_tensors
 
         return {"tensors": hash_tensors(checkpoints)}
+    passing = {*LAUNCH_FILES, *(temporary_of(Path(name)).name for name in LAUNCH_FILES)}
     names = sorted(str(path.relative_to(work_folder)) for path in work_folder.rglob("*") if path.is_file())
-    return {"files": {name: _sha256(work_folder / name) for name in names if name not in LAUNCH_FILES}}
+    return {"files": {name: _sha256(work_folder / name) for name in names if name not in passing}}
 
 
 def _sha256(path: Path) -> str:

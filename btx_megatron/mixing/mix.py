@@ -326,9 +326,7 @@ def check_apart(output: Path, opened: Opened) -> None:
             tracked = (source.folder.parent / TRACKER).exists()
             folder = (source.folder.parent if tracked else source.folder).resolve()
             if target.is_relative_to(folder) or folder.is_relative_to(target):
-                raise UserError(
-                    f"{output}: lies in a source, or around one ({folder}); name another --output"
-                )
+                raise UserError(f"{output}: lies in a source, or around one ({folder}); name another output")
 
 
 def _blamed(error: NotFinite, opened: Opened) -> UserError:

@@ -55,12 +55,21 @@ def clear_outcome(work_folder: Path) -> None:
 
 def read_outcome(work_folder: Path) -> Outcome | None:
     """How the stage ended, or None if its worker left no word."""
-    errors = [json.loads(path.read_text()) for path in work_folder.glob("error-*.json")]
+    errors = [told for path in work_folder.glob("error-*.json") if (told := _read(path))]
     if errors:
         return _first_cause(errors)
-    if (work_folder / RESULT_FILE).exists():
-        return Outcome("done", result=json.loads((work_folder / RESULT_FILE).read_text()))
+    if (result := _read(work_folder / RESULT_FILE)) is not None:
+        return Outcome("done", result=result)
     return Outcome("stopped") if (work_folder / STOPPED_FILE).exists() else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """None where it is not there, was published a moment ago, or a crash of the machine has left it empty."""
+    try:
+        told = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return told if isinstance(told, dict) else None
 
 
 def error_line(error: BaseException) -> tuple[int, str]:

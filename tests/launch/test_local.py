@@ -20,9 +20,10 @@ import yaml
 from drive import main
 
 from btx_megatron.errors import UserError
+from btx_megatron.launch.local import run_stages
 from btx_megatron.launch.machine import Machine
 from btx_megatron.launch.tables import status_text
-from btx_megatron.pipeline import stages_of
+from btx_megatron.pipeline import PipelineStage, stages_of
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_file import load_recipe
 from btx_megatron.run_folder import RunFolder, stage_folder
@@ -384,3 +385,18 @@ def test_a_rank_that_is_alone_needs_no_torchrun(recipe_file: Path, monkeypatch: 
     assert drive(recipe_file, {}, "prepare")[0] == 0
     assert drive(recipe_file, {}, "seed")[0] == 0  # the fake ranks but the first would wait
     assert (run_of(recipe_file)[1].path / "seed" / "pids-0.json").exists()
+
+
+def test_a_stage_that_another_has_just_finished_is_not_done_again(recipe_file: Path) -> None:
+    from fake_worker import FakeMachine
+
+    manifests = []
+
+    class Overtaken(FakeMachine):
+        def check_packages(self, recipe: Recipe, stages: list[PipelineStage]) -> None:
+            assert drive(recipe_file, {}, "prepare")[0] == 0
+            manifests.append(RunFolder(recipe.run_folder).manifest("prepare"))
+
+    recipe = load_recipe(recipe_file)
+    run_stages(recipe, ["prepare"], machine=Overtaken(cores=2))
+    assert RunFolder(recipe.run_folder).manifest("prepare") == manifests[0]

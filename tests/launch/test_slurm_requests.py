@@ -11,10 +11,13 @@ import pytest
 
 from btx_megatron.errors import UserError
 from btx_megatron.job import Task
+from btx_megatron.launch import queue as queue_module
+from btx_megatron.launch import submit as submit_module
 from btx_megatron.launch.allocation import this_allocation
 from btx_megatron.launch.queue import JobState, _from_squeue, job_states
 from btx_megatron.launch.sbatch import JobRequest, job_request
 from btx_megatron.launch.submit import environment_text, submit
+from btx_megatron.launch.tables import status_text
 from btx_megatron.pipeline import PipelineStage, stages_of
 from btx_megatron.recipe import Recipe
 from btx_megatron.recipe_checks import check_recipe
@@ -117,6 +120,8 @@ def test_without_gpus_none_are_asked_for() -> None:
         ({"time": "a day"}, "slurm.time 'a day': no time of Slurm's; write it as 24:00:00"),
         ({"time": "5"}, "slurm.time 5 is no longer than slurm.signal_seconds 300"),
         ({"stages": {"expert:a": {"time": "4:59"}}}, "slurm.stages.expert:a.time 4:59 is no longer than"),
+        ({"cpu": {"time": "4:59"}}, "slurm.cpu.time 4:59 is no longer than slurm.signal_seconds 300"),
+        ({"signal_seconds": 65536}, "slurm.signal_seconds 65536: Slurm takes 65535 at most"),
         ({"cpu": {"cpus_per_node": 0}}, "slurm.cpu.cpus_per_node 0: must be at least 1"),
         ({"stages": {"expert:c": {}}}, "slurm.stages.expert:c: no such stage; the recipe has prepare, seed"),
         ({"options": ["nice"]}, "an option of sbatch begins with '-'"),
@@ -133,6 +138,7 @@ def test_refusals(slurm: dict[str, Any], message: str) -> None:
 
 def test_stages_that_are_not_signalled_may_be_short() -> None:
     recipe_of({"stages": {"mix": {"time": "5"}, "evaluate": {"time": "4:00"}}})
+    recipe_of({"cpu": {"time": "5"}, "stages": {"prepare": {"time": "10"}}})
     short, seed = {"time": "5"}, {"pretrained_checkpoint": "x"}
     tokenizer, mix, stages = {"tokenizer_model": "x"}, {"include_seed": False}, {"seed": seed}
     recipe_of(
@@ -190,6 +196,74 @@ def test_a_dry_run_leaves_scripts_that_can_be_read(tmp_path: Path, monkeypatch: 
         submit(recipe, only=["expert:a"])
 
 
+class FakeSlurm:
+    """Gives jobs numbers, and remembers what is sent and cancelled."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.states: dict[int, str] = {}
+        self.sent: dict[str, int] = {}
+        self.cancelled: list[int] = []
+        monkeypatch.setattr(submit_module, "run_slurm", self.run)
+        monkeypatch.setattr(submit_module, "job_states", self.look)
+        monkeypatch.setattr(queue_module, "job_states", self.look)
+
+    def run(self, arguments: list[str]) -> str:
+        if arguments[0] == "scancel":
+            self.cancelled.append(int(arguments[-1]))
+            self.states[int(arguments[-1])] = "CANCELLED"
+            return ""
+        number = len(self.states) + 1
+        self.states[number], self.sent[arguments[-1]] = "PENDING", number
+        return f"{number}\n"
+
+    def look(self, ids: Any) -> dict[int, JobState]:
+        return {number: JobState(state) for number, state in self.states.items() if number in ids}
+
+
+def test_jobs_of_stages_that_are_gone_are_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those that waited for them are sent again: they would wait for ever, or be cancelled by Slurm."""
+    slurm, folder = FakeSlurm(monkeypatch), str(tmp_path / "run")
+    submit(recipe_of({}, run_folder=folder, baselines=["dense"]))
+    first = dict(slurm.sent)
+    assert submit(recipe_of({}, run_folder=folder, baselines=["dense"]))[0] == "prepare: job 1 is pending"
+    slurm.sent.clear()
+    lines = submit(recipe_of({}, run_folder=folder))
+    assert f"dense: job {first['dense']} is cancelled, the recipe has no such stage now" in lines
+    assert set(slurm.sent) == {"evaluate", "report"}
+    assert set(slurm.cancelled) == {first["dense"], first["evaluate"], first["report"]}
+    assert submit(recipe_of({}, run_folder=folder))[0] == "prepare: job 1 is pending"
+
+
+def test_what_jobs_read_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm, folder = FakeSlurm(monkeypatch), tmp_path / "run"
+    submit(recipe_of({}, run_folder=str(folder)))
+    before = (folder / "recipe.yaml").read_text()
+    other = recipe_of({}, run_folder=str(folder), launch={"threads_per_rank": 3})
+    with pytest.raises(UserError, match=r"--dry-run: .*run has jobs \(prepare, seed, "):
+        submit(other, dry_run=True)
+    slurm.states[1] = "RUNNING"
+    with pytest.raises(UserError, match="--update-code: prepare is running by the old code; wait for it"):
+        submit(other, update_code=True)
+    assert (folder / "recipe.yaml").read_text() == before
+    for number in slurm.states:
+        slurm.states[number] = "CANCELLED"
+    assert "nothing was sent" in submit(other, dry_run=True, update_code=True)[-1]
+
+
+def test_status_without_slurm_tells_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, path = recipe_of({}, run_folder=str(tmp_path / "run")), os.environ["PATH"]
+    with monkeypatch.context() as faked:
+        FakeSlurm(faked)
+        submit(recipe)
+        assert "1 PENDING" in status_text(recipe)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    told = status_text(recipe)
+    monkeypatch.setenv("PATH", path)
+    (line,) = [line for line in told.splitlines() if line.startswith("prepare")]
+    assert line.split()[:4] == ["prepare", "missing", "-", "1"]
+    assert "how the jobs stand is not known: squeue: not found" in told
+
+
 @pytest.mark.parametrize(
     "job",
     [
@@ -242,6 +316,7 @@ def test_ranks_of_a_job_on_two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     stages = {stage.name: stage for stage in stages_of(recipe)}
     *srun, line = allocation.command(stages["expert:a"], Path("/run/job.json"))
     assert srun[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
+    assert {"--overlap", "--immediate=1800"} <= set(srun)
     assert {"--cpus-per-task=96", "--container-image=/i.sqsh", "--container-mounts=/a:/a,/b:/b"} <= set(srun)
     assert "exec '/env of/python' -m torch.distributed.run --nnodes=2 --node-rank=$SLURM_NODEID" in line
     assert "--nproc-per-node=8 --master-addr=10.0.0.7 --master-port=21234 " in line

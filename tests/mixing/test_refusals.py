@@ -146,7 +146,7 @@ def test_an_output_that_exists_is_left_alone(good: Path) -> None:
     other, out = write_llama(good.parent / "other", 1), good.parent / "out"
     out.mkdir()
     (out / "mine").write_text("mine")
-    assert_mix_refused(good, other, "out: exists; delete it, or name another --output")
+    assert_mix_refused(good, other, "out: exists; delete it, or name another output")
     (out / "mine").unlink()
     assert run_btx(*mix_arguments([good, other], out))[0] == 0  # an empty folder is none
     assert_mix_refused(good, other, "out: exists; delete it")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from btx_megatron.runtime.outcome import Outcome, write_error
+from btx_megatron.runtime.outcome import Outcome, read_outcome, write_error
 from btx_megatron.runtime.stop import request_stop
 from btx_megatron.runtime.supervisor import STOP_SIGNALS, Command, Supervisor
 
@@ -117,6 +117,13 @@ def test_an_old_stop_request_and_old_errors_are_forgotten(tmp_path: Path) -> Non
         outcome, seconds = wait(supervisor)["a"]
     assert outcome == Outcome("done", result={"x": 1})
     assert 0 < seconds < 30
+
+
+@pytest.mark.parametrize("name", ["result.json", "error-0.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_words_that_a_crash_of_the_machine_cut_are_none(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert read_outcome(tmp_path) is None
 
 
 def test_a_crash_after_a_stop_request_is_a_crash(tmp_path: Path) -> None:
