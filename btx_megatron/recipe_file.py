@@ -82,11 +82,12 @@ def parse_recipe(tree: DictConfig | dict[str, Any], where: str = "recipe") -> Re
     """Typed recipe from a tree of plain values; stages inherit ``training`` and ``layout``."""
     typed_schema = OmegaConf.structured(Recipe)
     tree = OmegaConf.create(literal(tree)) if isinstance(tree, dict) else tree
-    for problem in _shape_problems(Recipe, OmegaConf.to_container(tree), ""):
+    plain: Any = OmegaConf.to_container(tree)
+    for problem in _shape_problems(Recipe, plain, ""):
         raise UserError(f"{where}: {problem}")
     try:
         typed = OmegaConf.merge(typed_schema, tree)  # rejects unknown keys and wrong types as written
-        inherited = {key: tree[key] for key in ("training", "layout") if tree.get(key)}
+        inherited = {key: plain[key] for key in ("training", "layout") if plain.get(key)}
         names = [domain.name for domain in typed.data.domains if domain.expert]
         names += cluster_names(typed.method, typed.clusters.number)
         stages = dict.fromkeys(("seed", "finetune"), inherited)

@@ -321,7 +321,7 @@ def test_texts_are_what_is_written(tmp_path: Path) -> None:
 name: 2024_12_01
 data: {domains: [{name: no, sources: [{path: x}]}, {name: 2020, sources: [{path: y}]}]}
 stages: {experts: {2020: {training: {lr: 1e-4}}, no: {training: {lr: 0.5}}}}
-training: {train_iters: 1_000, lr: 1e-3}
+training: {train_iters: 1_000, lr: 1e-3, wandb_project: 'of ${USER}'}
 mix: {include_seed: false}
 slurm:
   time: 24:00:00
@@ -337,6 +337,7 @@ slurm:
     assert (recipe.name, recipe.domain_names) == ("2024_12_01", ["no", "2020"])
     assert [recipe.stage(f"expert:{name}").training.lr for name in ("no", "2020")] == [0.5, 1e-4]
     assert recipe.training.train_iters == 1000
+    assert {recipe.stage(name).training.wandb_project for name in ("seed", "dense")} == {"of ${USER}"}
     assert recipe.mix.include_seed is False
     assert (slurm.time, slurm.account, slurm.partition) == ("24:00:00", "0123", "yes")
     assert slurm.environment == {"NCCL_DEBUG": "on", "X": "010", "PATH": "/x:${PATH}"}
