@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import btx_megatron
-from btx_megatron.checkpoints.tracker import TRACKER
 from btx_megatron.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
@@ -104,34 +103,6 @@ def read_manifest(folder: Path) -> Manifest | None:
             f"restore it, or delete {folder} to make it again"
         )
     return manifest
-
-
-def manifest_of_weights(weights: Path) -> Manifest | None:
-    """The manifest that speaks of a checkpoint's weights; None where there is none.
-
-    It lies beside them, or in the folder of the stage that they belong to: STAGE/checkpoints/iter_N,
-    OUTPUT/iter_N with a tracker, export/model. Others may call a file of theirs ``manifest.json``, too.
-    Raises UserError as read_manifest does.
-    """
-    folders = [weights]
-    if (weights.parent / TRACKER).exists() or weights.name == EXPORTED:
-        folders.append(weights.parent)
-    if weights.parent.name == CHECKPOINTS:
-        folders.append(weights.parent.parent)
-    ours = (folder for folder in folders if _is_ours(folder / MANIFEST_FILE))
-    folder = next(ours, None)
-    return read_manifest(folder) if folder is not None else None
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a manifest is a stage's, or was: one that cannot be read may be."""
-    try:
-        told = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except ValueError:
-        return True
-    return isinstance(told, dict) and "fingerprint" in told
 
 
 def fingerprint(stage: str, inputs: dict[str, str], outputs: dict[str, Any]) -> str:

@@ -52,7 +52,16 @@ FLOORS = [
         "recipe_training",
     },
     {"durable"},
-    {"errors", "columns", "quick_import", "recipe_numbers", "times", "tokenizer_json", "traffic"},
+    {
+        "errors",
+        "columns",
+        "quick_import",
+        "recipe_numbers",
+        "recipe_yaml",
+        "times",
+        "tokenizer_json",
+        "traffic",
+    },
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -13,8 +13,8 @@ from btx_megatron.checkpoints.formats import Format, config_of, format_of
 from btx_megatron.checkpoints.names import has_expert_axis
 from btx_megatron.checkpoints.pieces import Source, TensorInfo, dtype_name
 from btx_megatron.checkpoints.tokenizer_files import JSON, MODEL, find_tokenizer
+from btx_megatron.checkpoints.weights_manifest import manifest_of_weights
 from btx_megatron.errors import UserError
-from btx_megatron.manifest import manifest_of_weights
 
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 

@@ -13,8 +13,8 @@ from btx_megatron.checkpoints.names import has_expert_axis
 from btx_megatron.checkpoints.pieces import Index, dtype_name
 from btx_megatron.checkpoints.stream import hash_parts, tensor_hash
 from btx_megatron.checkpoints.tracker import TRACKER, find_checkpoint
+from btx_megatron.checkpoints.weights_manifest import manifest_of_weights
 from btx_megatron.errors import UserError
-from btx_megatron.manifest import manifest_of_weights
 
 _COPIES = re.compile(r"copy|copies|virtual")
 

@@ -34,7 +34,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     model = {"num_layers": LAYERS, "hidden_size": HIDDEN, "ffn_hidden_size": WIDTH, "num_attention_heads": 2}
     model |= {"num_query_groups": 1, "make_vocab_size_divisible_by": 16}
     tree = {
-        "data": {"domains": [{"name": name, "sources": [{"path": "x"}]} for name in "ab"]},
+        "data": {"domains": [{"name": name, "sources": [{"path": "/x"}]} for name in "ab"]},
         "model": model,
         "training": {"train_iters": 5, "lr_warmup_iters": 1},
         "baselines": [],
@@ -50,7 +50,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     write_tokenizer(run / "data" / "tokenizer" / "tokenizer.model", "abc abd\n")
     write_tokenizer(tmp_path / "other" / "tokenizer.model", "xyz yzy\n")
-    more = {"data": {"domains": [{"name": name, "sources": [{"path": "x"}]} for name in "abc"]}}
+    more = {"data": {"domains": [{"name": name, "sources": [{"path": "/x"}]} for name in "abc"]}}
     (tmp_path / "new.yaml").write_text(yaml.safe_dump(tree | more | {"mix": {"grow_from": "run"}}))
     check_pretrained(load_recipe(tmp_path / "new.yaml"))  # the run's own
     other = "tokenizer.tokenizer_model=other/tokenizer.model"
