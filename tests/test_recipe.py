@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btx_megatron.errors import UserError
-from btx_megatron.estimate import parameter_counts, stage_tokens
+from btx_megatron.estimate import parameter_counts, recipe_parameter_counts, stage_tokens, vocab_size
 from btx_megatron.matching import matched_train_iters
 from btx_megatron.recipe import Model, Recipe
 from btx_megatron.recipe_checks import check_recipe
@@ -509,3 +509,11 @@ def test_the_dense_baseline_does_not_inherit_the_number_of_steps() -> None:
     assert recipe.stages.seed.training.train_iters == 20
     assert recipe.stages.dense.training.train_iters is None
     assert recipe.stages.dense.training.lr == 0.5
+
+
+def test_a_mixture_of_fewer_experts_is_counted_as_such(tmp_path: Path) -> None:
+    """As the one that a run grows from: with a soft router all its experts are active."""
+    recipe = load(tmp_path, GOOD, "moe.moe_router_type=soft")
+    whole, two = recipe_parameter_counts(recipe), recipe_parameter_counts(recipe, 2)
+    assert two == parameter_counts(recipe.model, vocab_size(recipe), 2, 2)
+    assert two.moe_active == two.moe_total < whole.moe_active == whole.moe_total
