@@ -225,18 +225,18 @@ class _Rank:
         if self.setup.moe.moe_token_dispatcher_type == "allgather":
             self._allgather(self.setup.micro_batches * self.layers)
             return
-        for topk, layers in self._taken().items():
+        for topk, layers in self._taken():
             routes, times = self.tokens * topk, self.setup.micro_batches * layers
             self._book("ep", "all_to_all", routes * self.row, 4 * times)
             self._book("ep", "all_to_all", routes * _FLOAT, 2 * times)
             self._expert_tensor(routes, times)
 
-    def _taken(self) -> dict[int, int]:
-        """Experts that a token takes -> in so many of this rank's layers."""
+    def _taken(self) -> list[tuple[int, int]]:
+        """Experts that a token takes, in so many of this rank's layers."""
         moe, experts = self.setup.moe, self.setup.num_experts or 1
         if moe.moe_router_type == "sample_top1" and self.first_stage:  # all in the first layer
-            return {experts: 1, moe.topk(experts): self.layers - 1}
-        return {moe.topk(experts): self.layers}
+            return [(experts, 1), (moe.topk(experts), self.layers - 1)]
+        return [(moe.topk(experts), self.layers)]
 
     def _expert_tensor(self, routes: int, times: int) -> None:
         """Rows and gates to all ranks of an expert, sums back in the gates' fp32; backward the other way."""

@@ -61,7 +61,7 @@ def _read_tree(path: Path) -> DictConfig:
     if not isinstance(tree, dict | None):
         raise UserError(f"{path}: a recipe is a mapping of keys, this is {_shown(tree)}")
     try:
-        return OmegaConf.create(literal(tree or {}))
+        return OmegaConf.create(tree or {})
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
 
@@ -72,7 +72,7 @@ def _apply(tree: DictConfig, override: str) -> None:
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w:-]+|\[\d+\])*", key):
         raise UserError(f"override '{override}': write it as key.sub=value")
     try:
-        read = literal(read_yaml(value)) if value else ""
+        read = read_yaml(value) if value else ""
         OmegaConf.update(tree, key, read, merge=True, force_add=True)
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, LookupError) as error:
         raise UserError(f"override '{override}': {_one_line(error)}") from None

@@ -22,6 +22,7 @@ _RESOLVED = {
     ),
     "merge": (r"<<", ["<"]),
 }
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 
@@ -36,6 +37,10 @@ class _Loader(yaml.SafeLoader):
             if key in keys[:number]:
                 where, what = "while constructing a mapping", f"found duplicate key {key}"
                 raise yaml.constructor.ConstructorError(where, node.start_mark, what, node.start_mark)
+        self.flatten_mapping(node)
+        for key, _ in node.value:
+            if key.tag in _NUMBERS:
+                key.tag = "tag:yaml.org,2002:str"  # the name of an expert, as it is written
         return super().construct_mapping(node, deep=deep)
 
 
@@ -44,20 +49,14 @@ for _tag, (_pattern, _first) in _RESOLVED.items():
 
 
 def read_yaml(text: str) -> Any:
-    """Plain values; numbers that are keys are the texts that they were written as.
+    """Plain values, as OmegaConf must be given them; numbers that are keys are texts.
 
     Raises yaml.YAMLError for what is none, has a key twice, or holds itself.
     """
     try:
-        return _named(yaml.load(text, _Loader))
+        return literal(yaml.load(text, _Loader))
     except RecursionError:
         raise yaml.YAMLError("an anchor holds itself") from None
-
-
-def _named(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k) if type(k) in (int, float) else k: _named(v) for k, v in value.items()}
-    return [_named(item) for item in value] if isinstance(value, list) else value
 
 
 def literal(value: Any) -> Any:

@@ -84,7 +84,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._refuse_foreign_files()  # before anything is written there
+            self._refuse_foreign_files()
             (self.path / LOCKS).mkdir(exist_ok=True)
             refusal = "another btx starts here at this moment; try again"
             with self._locked(_CLAIM, refusal, _CLAIM_PATIENCE_SECONDS):

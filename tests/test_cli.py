@@ -156,6 +156,11 @@ def test_plan_refuses_what_cannot_fit(btx) -> None:  # type: ignore[no-untyped-d
         (["status", "nowhere"], "nowhere: no such run folder or recipe"),
         (["status", str(ROOT / "examples")], "not a run folder, it has no recipe.yaml"),
         (["report", str(ROOT / "examples")], "not a run folder, it has no recipe.yaml"),
+        (
+            ["plan", QUICKSTART, "--simulate", "--mfu", "0.3"],
+            "--mfu and --fit are not for --simulate; give it",
+        ),
+        (["plan", QUICKSTART, "--simulate", "--assume", "mfu={"], "--assume: while parsing a flow node"),
         (["plan", QUICKSTART, "--mfu", "40"], "--mfu 40: a share, above 0 and at most 1"),
         (["plan", QUICKSTART, "--gpu-type", "v100"], "--gpu-type 'v100': not known; one of A100, H100"),
         (["plan", QUICKSTART, "tokenizer.tokenizer_model=nowhere"], "missing, or not a SentencePiece model"),

@@ -107,7 +107,8 @@ def plan(
     if simulate:
         if gpu_type is not None or mfu is not None or fit is not None:
             raise UserError(
-                "--gpu-type, --mfu and --fit are not for --simulate; give --assume mfu=0.3, peak_tflops=989"
+                "--gpu-type, --mfu and --fit are not for --simulate; give it --assume mfu=0.3 or "
+                "--assume peak_tflops=989"
             )
         from btx_megatron.simulate.table import simulation_text
 

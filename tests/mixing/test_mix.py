@@ -239,14 +239,11 @@ def test_a_manifest_of_another_model_above_is_let_be(tmp_path: Path) -> None:
     assert verify(mixed)["hashes"] == "equal to the manifest's"
 
 
-@pytest.mark.parametrize("kind", ["copies", "virtual"])
-def test_copies_stay_copies(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    "options", [MixOptions(experts="copies", copies=3), MixOptions(experts="virtual", copies=2, chunks=2)]
+)
+def test_copies_stay_copies(tmp_path: Path, options: MixOptions) -> None:
     """Whatever is made of the mixture, its experts may be alike."""
-    options = (
-        MixOptions(experts=kind, copies=3)
-        if kind == "copies"
-        else MixOptions(experts=kind, copies=2, chunks=2)
-    )  # type: ignore[arg-type]
     moe = tmp_path / "moe"
     mix(sources_of(tmp_path, 1), Output(moe, manifest=True), options)
     convert(moe, Output(tmp_path / "converted", manifest=True))
